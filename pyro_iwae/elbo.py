@@ -1,0 +1,277 @@
+# Copyright Contributors to the pyro_iwae project.
+# SPDX-License-Identifier: Apache-2.0
+
+"""The ELBO that takes the place of ``Trace_ELBO`` and optimises the importance weighted bound."""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from pyro.infer import ELBO, Trace_ELBO, TraceEnum_ELBO
+from pyro.infer.util import torch_item
+from pyro.poutine import Trace
+from pyro.util import get_rng_state, set_rng_state
+from torch import Tensor
+
+from pyro_iwae.gradients import VIMCO, Gradient, Pathwise
+from pyro_iwae.inspection import StructureCache
+from pyro_iwae.logweights import LogWeights
+from pyro_iwae.plates import latent_sites, nesting
+from pyro_iwae.traces import fill_densities, impossible_sites, run_pair, terms_of
+from pyro_iwae.weighing import Particles, weigh_particles
+
+__all__ = ["ImportanceWeightedELBO"]
+
+Program = Callable[..., Any]
+
+
+def as_count(name: str, value: Any, *, least: int = 1) -> int:
+    """A whole number of at least so many; raises TypeError or ValueError with the option's name."""
+    try:
+        if isinstance(value, bool):
+            raise TypeError
+        count = operator.index(value)
+    except TypeError:
+        raise TypeError(f"expected {name} to be a whole number, got {value!r}; write for example {name}=64") from None
+    if count < least:
+        raise ValueError(f"expected {name} >= {least}, got {count}")
+    return count
+
+
+def require_callables(model: Any, guide: Any) -> None:
+    """Raises TypeError where model or guide cannot be called."""
+    for name, fn in (("model", model), ("guide", guide)):
+        if not callable(fn):
+            raise TypeError(f"expected {name} to be callable (a function or Module of Pyro statements), got {fn!r}")
+
+
+class ImportanceWeightedELBO(ELBO):
+    r"""The importance weighted bound log (1/K) sum_k p(x, z_k) / q(z_k | x), maximised over model and guide.
+
+    It takes the place of :class:`~pyro.infer.Trace_ELBO` in any Pyro model and guide::
+
+        svi = SVI(model, guide, optim, loss=ImportanceWeightedELBO(num_particles=64))
+
+    The bound is never looser in expectation than the ELBO and tightens as K grows. Each element of an *independent
+    plate* (one that contains every latent) gets its own log-mean-exp; ``preflight`` tells which plates are. With
+    one particle it is ``Trace_ELBO`` (``TraceEnum_ELBO`` where sites are enumerated), value and gradient.
+
+    See "Importance Weighted Autoencoders" (Burda, Grosse, Salakhutdinov 2016, https://arxiv.org/abs/1509.00519)
+    and "Reinterpreting Importance-Weighted Autoencoders" (Cremer, Morris, Duvenaud 2017,
+    https://arxiv.org/abs/1704.02916).
+
+    Args:
+        num_particles: K, a whole number of at least 1.
+        max_plate_nesting: as for ``Trace_ELBO``; by default found for each model and guide.
+        max_iarange_nesting: Pyro's deprecated name for it.
+        vectorize_particles: None runs all particles in one pass where a check on the first call finds that they
+            come out as in sequential runs, and otherwise warns once and runs them one after the other. True and
+            False force.
+        strict_enumeration_warning: warn when a guide site that asks for enumeration is sampled, as it is for K > 1
+            (the exact expectation would have C^K terms).
+        ignore_jit_warnings: accepted as by every ELBO; nothing here goes through ``torch.jit``, so it does nothing.
+        jit_options: likewise accepted, and does nothing.
+        retain_graph: passed to ``backward`` by :meth:`loss_and_grads`.
+        tail_adaptive_beta: accepted as by every ELBO; of use to ``TraceTailAdaptive_ELBO`` only.
+        gradient: estimator for reparameterised guide sites and for the model; None is :class:`Pathwise`.
+        score: estimator for the other guide sites; None is :class:`VIMCO`.
+
+    Raises:
+        TypeError: where an option has the wrong type.
+        ValueError: where ``num_particles`` is below 1.
+
+    Example::
+
+        >>> import pyro, pyro.distributions as dist
+        >>> def model(x):
+        ...     with pyro.plate("data", len(x)):
+        ...         z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        ...         pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+        >>> def guide(x):
+        ...     with pyro.plate("data", len(x)):
+        ...         pyro.sample("z", dist.Normal(x / 2, 0.5**0.5))
+        >>> x = torch.tensor([1.0, -1.0])
+        >>> bound = ImportanceWeightedELBO(num_particles=4).bound(model, guide, x)  # the guide is the posterior:
+        >>> torch.allclose(bound, dist.Normal(0.0, 2**0.5).log_prob(x))  # the bound is the evidence
+        True
+    """
+
+    def __init__(
+        self,
+        num_particles: int = 10,
+        max_plate_nesting: float = math.inf,
+        max_iarange_nesting: float | None = None,
+        vectorize_particles: bool | None = None,
+        strict_enumeration_warning: bool = True,
+        ignore_jit_warnings: bool = False,
+        jit_options: Mapping[str, Any] | None = None,
+        retain_graph: bool | None = None,
+        tail_adaptive_beta: float = -1.0,
+        *,
+        gradient: Gradient | None = None,
+        score: Gradient | None = None,
+    ) -> None:
+        super().__init__(
+            num_particles=as_count("num_particles", num_particles),
+            max_plate_nesting=max_plate_nesting,
+            max_iarange_nesting=max_iarange_nesting,
+            vectorize_particles=False,  # Pyro's base class would count the particles' plate into max_plate_nesting
+            strict_enumeration_warning=strict_enumeration_warning,
+            ignore_jit_warnings=ignore_jit_warnings,
+            jit_options=jit_options,
+            retain_graph=retain_graph,
+            tail_adaptive_beta=tail_adaptive_beta,
+        )
+        if vectorize_particles not in (None, True, False):
+            raise TypeError(f"expected vectorize_particles to be None, True or False, got {vectorize_particles!r}")
+        for name, estimator in (("gradient", gradient), ("score", score)):
+            if estimator is not None and not isinstance(estimator, Gradient):
+                raise TypeError(f"expected {name} to be an estimator such as Pathwise() or VIMCO(), got {estimator!r}")
+        self.vectorize_particles = vectorize_particles
+        self.gradient = Pathwise() if gradient is None else gradient
+        self.score = VIMCO() if score is None else score
+        self._structures = StructureCache()
+        self._enumerated: dict[Any, int] = {}  # nesting of pairs that one particle leaves to TraceEnum_ELBO
+
+    def log_weights(self, model: Program, guide: Program, *args: Any, **kwargs: Any) -> LogWeights:
+        """Draws K particles and weighs them.
+
+        Args:
+            model: the model.
+            guide: the guide.
+            args: passed to both.
+            kwargs: passed to both.
+
+        Returns:
+            The log weights, shape ``(K, *independent plates)``, in nats, with what belongs to them.
+
+        Raises:
+            TypeError: where model or guide is not callable.
+            ValueError: where latents do not match, a weight is NaN or +inf, or a subsampled plate that is not
+                independent meets K > 1. The message names the site and plate and says what to write instead.
+        """
+        return self._draw(model, guide, args, kwargs).weights
+
+    def bound(self, model: Program, guide: Program, *args: Any, **kwargs: Any) -> Tensor:
+        """The bound for each independent plate element, in nats.
+
+        Unscaled, and without the terms that no latent reaches (``log_weights(...).constant``); ``-loss`` is the
+        scaled sum of all.
+
+        Returns:
+            Shape ``(*independent plates)``: a scalar where no plate is independent.
+        """
+        return self.log_weights(model, guide, *args, **kwargs).bound()
+
+    def loss(self, model: Program, guide: Program, *args: Any, **kwargs: Any) -> float:
+        """Minus the bound, scaled and summed over elements, in nats."""
+        if self.num_particles == 1:
+            return float(self._single("loss", model, guide, args, kwargs))
+        weights = self.log_weights(model, guide, *args, **kwargs)
+        return -torch_item(weights.total(weights.bound()))
+
+    def differentiable_loss(self, model: Program, guide: Program, *args: Any, **kwargs: Any) -> Tensor:
+        """The loss as a scalar tensor whose ``backward()`` gives the gradient estimate."""
+        if self.num_particles == 1:
+            return self._single("differentiable_loss", model, guide, args, kwargs)
+        return self._loss(self._draw(model, guide, args, kwargs).weights)
+
+    def loss_and_grads(self, model: Program, guide: Program, *args: Any, **kwargs: Any) -> float:
+        """The loss, in nats; adds the gradient estimate to the ``grad`` of every parameter.
+
+        Raises:
+            ValueError: also where a parameter's gradient comes out as NaN because a site's log density is -inf.
+        """
+        if self.num_particles == 1:
+            return float(self._single("loss_and_grads", model, guide, args, kwargs))
+        particles = self._draw(model, guide, args, kwargs)
+        loss = self._loss(particles.weights)
+        if loss.requires_grad:
+            loss.backward(retain_graph=self.retain_graph)
+            _refuse_nan_gradients(particles)
+        return torch_item(loss)
+
+    def _draw(self, model: Program, guide: Program, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Particles:
+        require_callables(model, guide)
+        return weigh_particles(
+            model,
+            guide,
+            args,
+            kwargs,
+            num_particles=as_count("num_particles", self.num_particles),
+            cache=self._structures,
+            vectorize=self.vectorize_particles,
+            max_plate_nesting=self.max_plate_nesting,
+            warn_of_enumeration=self.strict_enumeration_warning,
+        )
+
+    def _loss(self, weights: LogWeights) -> Tensor:
+        """Value of the bound, gradient of the surrogate."""
+        totals = weights.totals()
+        surrogate = self.gradient.surrogate(weights, totals) + self.score.surrogate(weights, totals)
+        per_element = totals.log_mean + (surrogate - surrogate.detach())
+        return -weights.total(per_element)
+
+    # One particle: Pyro's own estimators, on traces that are checked here.
+
+    def _single(self, method: str, model: Program, guide: Program, args: Any, kwargs: Any) -> Any:
+        require_callables(model, guide)
+        key = self._structures.key(model, guide)
+        depth = self._enumerated.get(key)
+        if depth is None:
+            rng = get_rng_state()
+            try:
+                single = _SingleParticle(retain_graph=self.retain_graph)
+                return getattr(single, method)(model, guide, *args, **kwargs)
+            except _EnumerationAsked as asked:
+                set_rng_state(rng)
+                depth = self._enumerated[key] = asked.depth
+        exact = TraceEnum_ELBO(
+            max_plate_nesting=depth if self.max_plate_nesting == math.inf else self.max_plate_nesting,
+            retain_graph=self.retain_graph,
+            strict_enumeration_warning=False,
+        )
+        return getattr(exact, method)(model, guide, *args, **kwargs)
+
+    def _get_trace(self, model: Program, guide: Program, args: Any, kwargs: Any) -> tuple[Trace, Trace]:
+        """One particle's traces (abstract in Pyro's base class)."""
+        return _SingleParticle()._get_trace(model, guide, args, kwargs)
+
+
+class _EnumerationAsked(Exception):
+    """Sites of model or guide ask to be enumerated, which is for ``TraceEnum_ELBO`` to do."""
+
+    def __init__(self, depth: int) -> None:
+        super().__init__(depth)
+        self.depth = depth
+
+
+class _SingleParticle(Trace_ELBO):
+    """``Trace_ELBO`` with this package's errors."""
+
+    def _get_trace(self, model: Program, guide: Program, args: Any, kwargs: Any) -> tuple[Trace, Trace]:
+        pair = run_pair(model, guide, args, kwargs)
+        if any(s["infer"].get("enumerate") for t in (pair.model, pair.guide) for _, s in latent_sites(t)):
+            raise _EnumerationAsked(nesting((pair.model, pair.guide)))
+        fill_densities(pair)
+        return pair.model, pair.guide
+
+
+def _refuse_nan_gradients(particles: Particles) -> None:
+    """Raises where a particle of weight 0 has put NaN into a gradient: 0 times the slope of -inf."""
+    if bool((particles.weights.log_weights > -math.inf).all()):
+        return
+    tables = [terms_of(pair, particles.layout) for pair in particles.pairs]
+    for pair in particles.pairs:
+        for trace in (pair.model, pair.guide):
+            for name in trace.param_nodes:
+                gradient = trace.nodes[name]["value"].unconstrained().grad
+                if gradient is not None and bool(gradient.isnan().any()):
+                    raise ValueError(
+                        f"the gradient of parameter '{name}' is NaN: site {sorted(impossible_sites(tables))} has log "
+                        "density -inf at some particles with a slope that is not finite; keep the guide within the "
+                        "model's support, or bound what that site computes (torch.where before the log, not after)"
+                    )

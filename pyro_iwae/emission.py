@@ -1,0 +1,117 @@
+# Copyright Contributors to the pyro_iwae project.
+# SPDX-License-Identifier: Apache-2.0
+
+"""How a draw from the resampled posterior enters the surrounding trace, and what reaches the run behind it."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import pyro
+from pyro.poutine.indep_messenger import CondIndepStackFrame
+from pyro.poutine.messenger import Messenger
+from pyro.poutine.util import site_is_subsample
+from torch import Tensor
+
+from pyro_iwae.particles import ENCLOSING, Drawn
+from pyro_iwae.plates import Site, sample_sites
+from pyro_iwae.weighing import Particles
+
+__all__ = ["Boundary", "Emission", "Selection"]
+
+
+class Boundary(Messenger):
+    """Hides the inner run's sites from the handlers outside; parameters and minibatch indices pass."""
+
+    def _process_message(self, msg: Site) -> None:
+        if msg["type"] == ENCLOSING or (msg["type"] == "sample" and not site_is_subsample(msg)):
+            msg["stop"] = True
+
+
+@dataclass(frozen=True)
+class Selection:
+    """One draw: values by site (model latents and enumerated sites), and log q~ by independent element."""
+
+    values: dict[str, Tensor]
+    sites: dict[str, Site]
+    log_density: Tensor
+
+
+class Emission:
+    """Puts a draw into the surrounding trace, each site in the plates that it came from."""
+
+    def __init__(
+        self, particles: Particles, selection: Selection, enclosing: Sequence[CondIndepStackFrame]
+    ) -> None:
+        self.selection = selection
+        self.layout = particles.layout
+        self.weights = particles.weights
+        self.outside = {f.dim for f in enclosing} | {particles.layout.particle_dim}
+        self.model_trace = particles.pairs[0].model
+        self.minibatch = particles.minibatch
+        self.plate_objects: dict[str, Any] = {}
+        self.used: set[str] = set()
+
+    def values(self) -> dict[str, Tensor]:
+        """Emits the latents; returns what the handlers outside make of them."""
+        emitted = {}
+        for name, value in self.selection.values.items():
+            site = self.selection.sites[name]
+            with self._within(site["cond_indep_stack"]):
+                emitted[name] = pyro.sample(name, Drawn(value, event_dim=site["fn"].event_dim))
+        return emitted
+
+    def density(self, log_density: Tensor) -> None:
+        """Emits log q~ as one factor for each element of the independent plates."""
+        common = self.weights.scale / self.layout.scale  # a poutine.scale around model and guide alike
+        log_density = log_density * common
+        name = "_importance_density_" + next(iter(self.selection.values), "")
+        if name in self.model_trace.nodes:
+            raise ValueError(f"expected a model without a site '{name}', which holds this guide's density; rename it")
+        template = next(iter(self.selection.sites.values()), None)
+        frames = [] if template is None else [p.frame_of(template) for p in self.layout.plates]
+        dims = dict(zip(self.layout.dims, log_density.shape[len(self.layout.sequential) :], strict=True))
+        batch = [dims.get(d, 1) for d in range(min(dims, default=0), 0)]
+        for element in itertools.product(*(range(p.size) for p in self.layout.sequential)):
+            with self._within(_at_element(frames, element)):
+                suffix = "".join(f"_{i}" for i in element)
+                pyro.factor(name + suffix, log_density[element].reshape(batch), has_rsample=True)
+
+    def plates(self) -> None:
+        """Emits a zero inside each plate of the model that no draw lies in, so that its dimension shows."""
+        for _, site in sample_sites(self.model_trace):
+            for frame in site["cond_indep_stack"]:
+                if frame.vectorized and frame.dim not in self.outside and frame.name not in self.used:
+                    with self._within([frame]):
+                        zero = self.weights.log_weights.new_zeros(())
+                        pyro.factor(f"_importance_plate_{frame.name}", zero, has_rsample=True)
+
+    @contextmanager
+    def _within(self, frames: Sequence[CondIndepStackFrame]) -> Iterator[None]:
+        with ExitStack() as stack:
+            for frame in frames:
+                if frame.vectorized and frame.dim in self.outside:
+                    continue
+                stack.enter_context(self._plate(frame))
+            yield
+
+    def _plate(self, frame: CondIndepStackFrame) -> Any:
+        self.used.add(frame.name)
+        if frame.name not in self.plate_objects:
+            size = frame.full_size if frame.size > 0 else None
+            indices = self.minibatch.indices.get(frame.name)
+            self.plate_objects[frame.name] = pyro.plate(frame.name, size, subsample=indices, dim=frame.dim)
+        plate = self.plate_objects[frame.name]
+        if not frame.vectorized:
+            plate._vectorized, plate.counter = False, frame.counter
+        return plate
+
+
+def _at_element(frames: Sequence[CondIndepStackFrame], element: Sequence[int]) -> list[CondIndepStackFrame]:
+    """The frames of the independent plates at one element of the sequential ones (which come first)."""
+    moved = [f._replace(counter=i + 1) for f, i in zip(frames, element, strict=False)]
+    return moved + list(frames[len(moved) :])

@@ -1,0 +1,93 @@
+# Copyright Contributors to the pyro_iwae project.
+# SPDX-License-Identifier: Apache-2.0
+
+"""Expectations by weighting, each element of the result by the weights of the element that it depends on."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator, Mapping
+
+import torch
+from torch import Tensor
+
+from pyro_iwae.inspection import coin_flips, cross_elements
+from pyro_iwae.logweights import LogWeights
+from pyro_iwae.plates import Layout, Site
+
+__all__ = ["weighted_mean"]
+
+Function = Callable[[dict[str, Tensor]], Tensor]
+Alignment = Callable[[Tensor], Tensor]  # (particles, *plates) to something that broadcasts with the result
+
+
+def weighted_mean(
+    fn: Function, values: dict[str, Tensor], sites: Mapping[str, Site], weights: LogWeights, layout: Layout
+) -> Tensor:
+    """sum_k v_k fn(z_k).
+
+    Args:
+        fn: takes values by site, ``(particles, *site shape)``, and returns ``(particles, *shape)``.
+        values: the particles' latents.
+        sites: their sites.
+        weights: their weights.
+        layout: where the columns of the weights lie.
+
+    Returns:
+        Shape ``(*shape)``.
+    """
+    result = fn(values)
+    if not isinstance(result, Tensor) or result.dim() == 0 or result.shape[0] != weights.num_particles:
+        got = f"shape {tuple(result.shape)}" if isinstance(result, Tensor) else type(result).__name__
+        raise ValueError(
+            f"expected fn to keep the particles in front, shape ({weights.num_particles}, ...), got {got}; reduce over "
+            "trailing dimensions only, as in z['w'].mean(-1)"
+        )
+    align = _alignment(fn, result, values, sites, weights, layout)
+    return (align(weights.weights) * result).sum(0)
+
+
+def _alignment(
+    fn: Function,
+    result: Tensor,
+    values: dict[str, Tensor],
+    sites: Mapping[str, Site],
+    weights: LogWeights,
+    layout: Layout,
+) -> Alignment:
+    """Finds which dimensions of the result are the independent plates' by crossing particles, and seeing fn follow."""
+    if not layout.plates:
+        return lambda columns: columns.reshape(columns.shape[:1] + (1,) * (result.dim() - 1))
+    choice = coin_flips(tuple(weights.log_weights.shape)).to(result.device)
+    crossed = {n: cross_elements(v, layout.align(choice, sites[n], v)) for n, v in values.items()}
+    after = fn(crossed)
+    for align in _possible(result, layout):
+        expected = torch.where(align(choice), result.roll(-1, 0), result)
+        if torch.allclose(after, expected, rtol=1e-4, atol=1e-6, equal_nan=True):
+            return align
+    raise ValueError(
+        f"expected fn to keep the elements of the independent plates {[p.name for p in layout.plates]} apart, got a "
+        f"result of shape {tuple(result.shape)} that mixes them or drops their dimension; each element is weighed by "
+        "itself. Average over draws instead: fn(posterior.sample(num_draws, ...)).mean(0)"
+    )
+
+
+def _possible(result: Tensor, layout: Layout) -> Iterator[Alignment]:
+    """Ways to lay the columns along the result: an element of each sequential plate, a place for the other plates."""
+    width = -min(layout.dims, default=0)
+    for element in itertools.product(*(range(p.size) for p in layout.sequential)):
+        for before in range(result.dim() - width):
+            after = result.dim() - 1 - width - before
+
+            def align(columns: Tensor, element: tuple[int, ...] = element, ends: tuple[int, int] = (before, after)) -> Tensor:
+                for index in element:
+                    columns = columns[:, index]
+                sizes = dict(zip(layout.dims, columns.shape[1:], strict=True))
+                middle = [sizes.get(d, 1) for d in range(-width, 0)]
+                return columns.reshape(columns.shape[:1] + (1,) * ends[0] + (*middle,) + (1,) * ends[1])
+
+            try:
+                torch.broadcast_shapes(align(result.new_empty((1, *(p.size for p in layout.plates)))).shape, result.shape)
+            except RuntimeError:
+                continue
+            yield align

@@ -1,0 +1,456 @@
+# Copyright Contributors to the pyro_iwae project.
+# SPDX-License-Identifier: Apache-2.0
+
+"""The posterior that the importance weighted bound implies, as a Pyro guide: draw K, weigh, keep one by weight."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import pyro
+import torch
+from jaxtyping import Float
+from pyro import poutine
+from pyro.infer import infer_discrete
+from pyro.poutine.indep_messenger import CondIndepStackFrame
+from pyro.poutine.lift_messenger import LiftMessenger
+from pyro.poutine.messenger import block_messengers
+from torch import Tensor
+
+from pyro_iwae.elbo import as_count, require_callables
+from pyro_iwae.gradients import VIMCO, Pathwise
+from pyro_iwae.emission import Boundary, Emission, Selection
+from pyro_iwae.expectation import weighted_mean
+from pyro_iwae.inspection import Structure, StructureCache
+from pyro_iwae.logweights import LogWeights
+from pyro_iwae.particles import (
+    EnclosingPlates,
+    Minibatch,
+    enclosing_frames,
+    select,
+    settable,
+    stacked_latents,
+    unchanged_enumeration,
+)
+from pyro_iwae.plates import Layout, Site, latent_sites
+from pyro_iwae.resampling import multinomial
+from pyro_iwae.traces import joint_log_density, model_log_density
+from pyro_iwae.unconstrain import auxiliary_values
+from pyro_iwae.weighing import Particles, weigh_particles
+
+__all__ = ["ElboInterval", "ImportanceResampledGuide"]
+
+NUMBERS_PER_PASS = 20_000_000  # about what sample() holds at once: draws x particles x numbers in one trace
+
+
+@dataclass(frozen=True)
+class ElboInterval:
+    """Lower and upper bound on ELBO[q_EW], in nats, unscaled; unpacks as ``lower, upper``.
+
+    Attributes:
+        lower: shape ``(*independent plates)``.
+        upper: likewise.
+        lower_error: standard error of ``lower`` over the replicates.
+        upper_error: standard error of ``upper``.
+    """
+
+    lower: Tensor
+    upper: Tensor
+    lower_error: Tensor
+    upper_error: Tensor
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return iter((self.lower, self.upper))
+
+
+class ImportanceResampledGuide(torch.nn.Module):
+    """q_EW: draw K particles from the guide, weigh them by the model, keep one by its weight.
+
+    A guide like any other, for ``Predictive``, effect handlers and other ELBOs, and closer to the posterior than
+    the guide that it is made of: K = 1 is that guide, K to infinity the posterior. Each independent element makes its
+    own choice, each draw has its own K particles. Under ``Trace_ELBO`` the value of a draw is the log-mean-exp of its
+    weights and its gradient that of the importance weighted bound.
+
+    See "Reinterpreting Importance-Weighted Autoencoders" (Cremer, Morris, Duvenaud 2017,
+    https://arxiv.org/abs/1704.02916).
+
+    Args:
+        model: the model that the guide was trained for.
+        guide: the guide.
+        num_particles: K.
+        vectorize_particles: as for :class:`ImportanceWeightedELBO`.
+        max_plate_nesting: likewise.
+
+    Raises:
+        TypeError: where an argument has the wrong type.
+        ValueError: where ``num_particles`` is below 1.
+
+    Example::
+
+        >>> import pyro.distributions as dist
+        >>> from pyro.infer import Predictive
+        >>> def model(x):
+        ...     z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        ...     pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+        >>> def guide(x):
+        ...     pyro.sample("z", dist.Normal(0.0, 1.0))
+        >>> posterior = ImportanceResampledGuide(model, guide, num_particles=16)
+        >>> draws = Predictive(model, guide=posterior, num_samples=100, parallel=True)(torch.tensor(1.0))
+        >>> draws["z"].shape
+        torch.Size([100])
+    """
+
+    def __init__(
+        self,
+        model: Callable[..., Any],
+        guide: Callable[..., Any],
+        num_particles: int = 64,
+        *,
+        vectorize_particles: bool | None = None,
+        max_plate_nesting: float = math.inf,
+    ) -> None:
+        super().__init__()
+        require_callables(model, guide)
+        self.model = model
+        self.guide = guide
+        self.num_particles = as_count("num_particles", num_particles)
+        self.vectorize_particles = vectorize_particles
+        self.max_plate_nesting = max_plate_nesting
+        self._structures = StructureCache()
+
+    # As a guide
+
+    def forward(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+        """Emits one draw as sample sites, and its log density as a factor; returns the values by name."""
+        enclosing = enclosing_frames()
+        with self._inside():
+            particles = self._particles(args, kwargs, enclosing, self.num_particles)
+            _require_enclosing(particles.layout, enclosing)
+            index = multinomial(particles.weights.log_weights)
+            selection = self._select(particles, index, args, kwargs, enclosing)
+        emit = Emission(particles, selection, enclosing)
+        with particles.minibatch:
+            emitted = emit.values()
+        if any(not _same(emitted[n], v) for n, v in selection.values.items()):  # replayed, conditioned, ...
+            with self._inside():
+                selection = self._density_at(emitted, particles, args, kwargs, enclosing)
+        with particles.minibatch:
+            emit.density(selection.log_density)
+            emit.plates()
+        return emitted
+
+    @contextmanager
+    def _inside(self) -> Iterator[None]:
+        """Where the inner run happens: handlers outside do not reach it, but for parameters and minibatches."""
+        with block_messengers(lambda m: isinstance(m, LiftMessenger)), Boundary():
+            yield
+
+    def _particles(
+        self,
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
+        enclosing: Sequence[CondIndepStackFrame],
+        num_particles: int,
+        *,
+        values: Mapping[str, Tensor] | None = None,
+        minibatch: Minibatch | None = None,
+    ) -> Particles:
+        return weigh_particles(
+            self.model,
+            self.guide,
+            args,
+            kwargs,
+            num_particles=num_particles,
+            cache=self._structures,
+            vectorize=self.vectorize_particles,
+            max_plate_nesting=self.max_plate_nesting,
+            enclosing=enclosing,
+            values=values,
+            minibatch=minibatch,
+        )
+
+    def _select(
+        self,
+        particles: Particles,
+        index: Tensor,
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
+        enclosing: Sequence[CondIndepStackFrame],
+    ) -> Selection:
+        sites = dict(latent_sites(particles.pairs[0].guide))
+        chosen = {n: v.squeeze(0) for n, v in _select_latents(particles, index).items()}
+        log_p = torch.cat([model_log_density(p, particles.layout) for p in particles.pairs])
+        log_p = log_p.expand(particles.weights.log_weights.shape).gather(0, index.unsqueeze(0)).squeeze(0)
+        if particles.structure.run.enumerated:
+            drawn, log_p = self._draw_enumerated(particles, chosen, args, kwargs, enclosing)
+            sites |= drawn
+            chosen |= {n: s["value"] for n, s in drawn.items()}
+        bound = _differentiable_bound(particles.weights)
+        return Selection(*_of_model(chosen, sites), _difference(log_p, bound))
+
+    def _draw_enumerated(
+        self,
+        particles: Particles,
+        chosen: Mapping[str, Tensor],
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
+        enclosing: Sequence[CondIndepStackFrame],
+    ) -> tuple[dict[str, Site], Tensor]:
+        """Draws the sites that were summed out from p(c | z, x); returns them and log p(x, z, c)."""
+        depth = particles.structure.run.depth
+
+        def given_latents(*args: Any, **kwargs: Any) -> Any:  # infer_discrete hides all that is further out
+            with particles.minibatch:
+                return poutine.condition(EnclosingPlates(enclosing)(self.model), dict(chosen))(*args, **kwargs)
+
+        with unchanged_enumeration():
+            drawing = infer_discrete(given_latents, first_available_dim=-depth - 1)
+            trace = poutine.trace(drawing).get_trace(*args, **kwargs)
+        layout = Layout(particles.layout.plates, None)
+        return dict(latent_sites(trace)), joint_log_density(trace, particles.pairs[0].guide, layout).squeeze(0)
+
+    def _density_at(
+        self,
+        values: Mapping[str, Tensor],
+        particles: Particles,
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
+        enclosing: Sequence[CondIndepStackFrame],
+    ) -> Selection:
+        """log q~ at values that a handler chose, its companions K - 1 of the particles, whichever was selected."""
+        stacked = {n: v.unsqueeze(0) for n, v in values.items()}
+        at, log_p = self._weigh_at(stacked, args, kwargs, enclosing, particles.minibatch)
+        log_weights = torch.cat([at.weights.log_weights, particles.weights.log_weights[1:]])
+        bound = log_weights.logsumexp(0) - math.log(self.num_particles)
+        return Selection(dict(values), {}, _difference(log_p.squeeze(0), bound))
+
+    def _weigh_at(
+        self,
+        draws: Mapping[str, Tensor],
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
+        enclosing: Sequence[CondIndepStackFrame],
+        minibatch: Minibatch | None = None,
+    ) -> tuple[Particles, Tensor]:
+        """Weights and log p(x, z), or log p(x, z, c), at given draws, each ``(draws, *site shape)``."""
+        count = next(iter(draws.values())).shape[0]
+        structure = self._particles(args, kwargs, enclosing, 1, minibatch=minibatch).structure
+        known = {**draws, **auxiliary_values(self.guide, draws)}
+        spread = {n: _spread(v, n, structure, count) for n, v in known.items()}
+        at = self._particles(args, kwargs, enclosing, count, values=spread, minibatch=minibatch)
+        missing = [n for n, s in latent_sites(at.pairs[0].guide) if n not in spread and settable(s)]
+        if missing:
+            raise NotImplementedError(
+                f"expected values for every latent of the guide, got none for {missing}; {type(self.guide).__name__} "
+                "draws these beside the model's latents, so that its density at given latents is not known"
+            )
+        log_p = torch.cat([model_log_density(p, at.layout) for p in at.pairs]).expand(at.weights.log_weights.shape)
+        return at, log_p
+
+    # Away from Pyro's handlers
+
+    def sample(self, num_draws: int, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+        """Independent draws from q_EW, each with K particles of its own.
+
+        Args:
+            num_draws: how many.
+            args: passed to model and guide.
+            kwargs: passed to model and guide.
+
+        Returns:
+            By name of the model's latent (enumerated ones included), ``(num_draws, *site shape)``, without a graph.
+        """
+        num_draws = as_count("num_draws", num_draws)
+        with torch.no_grad(), poutine.block():
+            structure = self._particles(args, kwargs, (), 1).structure
+            if not structure.run.vectorized:
+                draws = [self(*args, **kwargs) for _ in range(num_draws)]
+                return {n: torch.stack([d[n] for d in draws]) for n in draws[0]}
+            per_pass = max(1, NUMBERS_PER_PASS // (self.num_particles * max(1, structure.numbers)))
+            blocks = []
+            for start in range(0, num_draws, per_pass):
+                size = min(per_pass, num_draws - start)
+                depth = structure.run.depth
+                with pyro.plate("_importance_draws", size, dim=-depth - 1):
+                    block = self(*args, **kwargs)
+                blocks.append({n: _strip(v, n, structure) for n, v in block.items()})
+        return {n: torch.cat([b[n] for b in blocks]) for n in blocks[0]}
+
+    def expectation(
+        self, fn: Callable[[dict[str, Tensor]], Tensor], *args: Any, num_batches: int = 32, **kwargs: Any
+    ) -> Tensor:
+        """E[fn(z)] under q_EW by weighting: sum_k v_k fn(z_k), without the noise of resampling.
+
+        Args:
+            fn: takes what :meth:`sample` returns for K draws, a dict of ``(K, *site shape)``, and returns
+                ``(K, *shape)``. With independent plates each element is weighed by itself, so fn must keep their
+                dimensions apart.
+            args: passed to model and guide.
+            num_batches: batches of K particles to average over.
+            kwargs: passed to model and guide.
+
+        Returns:
+            Shape ``(*shape)``, without a graph.
+
+        Raises:
+            ValueError: where fn loses the particles' dimension, or mixes elements of independent plates.
+        """
+        total: Tensor | float = 0.0
+        with torch.no_grad(), poutine.block():
+            for _ in range(as_count("num_batches", num_batches)):
+                particles = self._particles(args, kwargs, (), self.num_particles)
+                values, sites = _of_model(*_latents(particles))
+                total = total + weighted_mean(fn, values, sites, particles.weights, particles.layout)
+        return torch.as_tensor(total / num_batches)
+
+    def log_density(
+        self, draws: Mapping[str, Tensor], *args: Any, num_batches: int = 32, **kwargs: Any
+    ) -> Float[Tensor, "draws *plates"]:
+        """Estimate of log q_EW at given draws; unbiased for the density itself.
+
+        log p(x, z) + log K - log M + logsumexp_m( -log(w(z) + S_m) ), with S_m the sum of K - 1 fresh weights.
+
+        Args:
+            draws: by name of the model's latents, ``(draws, *site shape)``, as :meth:`sample` returns them.
+            args: passed to model and guide.
+            num_batches: M, batches of companions, shared by the draws.
+            kwargs: passed to model and guide.
+
+        Returns:
+            In nats, shape ``(draws, *independent plates)``.
+
+        Raises:
+            ValueError: where the weights are tempered.
+            NotImplementedError: where the guide's density at given values is not known.
+        """
+        num_batches = as_count("num_batches", num_batches)
+        with torch.no_grad(), poutine.block():
+            at, log_p = self._weigh_at(dict(draws), args, kwargs, ())
+            _refuse_tempered(at.weights, "log_density")
+            sums = torch.stack([self._companions(args, kwargs, at.minibatch)[1:].logsumexp(0) for _ in range(num_batches)])
+            inverse = -torch.logaddexp(at.weights.log_weights.unsqueeze(1), sums)
+            return log_p + math.log(self.num_particles / num_batches) + inverse.logsumexp(1)
+
+    def elbo_interval(
+        self, *args: Any, num_batches: int = 32, num_replicates: int = 16, **kwargs: Any
+    ) -> ElboInterval:
+        """Lower and upper bound on ELBO[q_EW], which is never below the importance weighted bound.
+
+        For a draw with weight w and its companions' sum S_0, and the sums S_1..S_M of fresh companions, the lower
+        bound is the mean of -log( K/(M+1) sum_{m=0..M} 1/(w + S_m) ), the upper one that without m = 0. (M = 0 gives
+        the importance weighted bound itself.) The upper one bounds ELBO[q_EW], not the evidence.
+
+        Args:
+            args: passed to model and guide.
+            num_batches: M; the interval closes as it grows.
+            num_replicates: independent repeats, for the standard errors.
+            kwargs: passed to model and guide.
+
+        Returns:
+            Both bounds with standard errors, per independent element, in nats, unscaled.
+
+        Raises:
+            ValueError: where the weights are tempered.
+        """
+        num_batches = as_count("num_batches", num_batches)
+        num_replicates = as_count("num_replicates", num_replicates, least=2)
+        with torch.no_grad(), poutine.block():
+            bounds = torch.stack([self._bracket(args, kwargs, num_batches) for _ in range(num_replicates)])
+        mean, error = bounds.mean(0), bounds.std(0) / math.sqrt(num_replicates)
+        return ElboInterval(mean[0], mean[1], error[0], error[1])
+
+    def _bracket(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], num_batches: int) -> Tensor:
+        """(lower, upper) from M + 1 batches: each batch gives a draw, and fresh companions for the draws of the others."""
+        first = self._particles(args, kwargs, (), self.num_particles)
+        _refuse_tempered(first.weights, "elbo_interval")
+        rest = [self._companions(args, kwargs, first.minibatch) for _ in range(num_batches)]
+        batches = torch.stack([first.weights.log_weights, *rest])  # (batches, particles, *plates)
+        index = torch.stack([multinomial(b) for b in batches])
+        own = batches.gather(1, index.unsqueeze(1)).squeeze(1)
+        with_own = -batches.logsumexp(1)
+        fresh = -torch.logaddexp(own.unsqueeze(1), batches[:, 1:].logsumexp(1).unsqueeze(0))  # draw, batch
+        same = torch.eye(len(batches), dtype=torch.bool, device=own.device)
+        fresh = fresh.masked_fill(same.reshape(same.shape + (1,) * (fresh.dim() - 2)), -math.inf)
+        upper = math.log(num_batches / self.num_particles) - fresh.logsumexp(1)
+        lower = math.log((num_batches + 1) / self.num_particles) - torch.logaddexp(with_own, fresh.logsumexp(1))
+        return torch.stack([lower.mean(0), upper.mean(0)])
+
+    def _companions(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], minibatch: Minibatch) -> Tensor:
+        return self._particles(args, kwargs, (), self.num_particles, minibatch=minibatch).weights.log_weights
+
+
+def _select_latents(particles: Particles, index: Tensor) -> dict[str, Tensor]:
+    """The chosen particle's latents, one draw in front."""
+    if not particles.layout.plates and len(particles.pairs) > 1:  # sequential: shapes may differ between particles
+        trace = particles.pairs[int(index)].guide
+        return {n: s["value"].unsqueeze(0) for n, s in latent_sites(trace)}
+    values, sites = _latents(particles)
+    return select(values, index.unsqueeze(0), sites, particles.layout)
+
+
+def _latents(particles: Particles) -> tuple[dict[str, Tensor], dict[str, Site]]:
+    """All particles' latents, stacked, and their sites."""
+    values = stacked_latents(
+        particles.pairs,
+        run=particles.structure.run,
+        num_particles=particles.weights.num_particles,
+        batch_dims=particles.structure.batch_dims,
+    )
+    return values, dict(latent_sites(particles.pairs[0].guide))
+
+
+def _of_model(values: Mapping[str, Tensor], sites: Mapping[str, Site]) -> tuple[dict[str, Tensor], dict[str, Site]]:
+    """Without the guide's auxiliary latents."""
+    names = [n for n in values if not sites[n]["infer"].get("is_auxiliary")]
+    return {n: values[n] for n in names}, {n: sites[n] for n in names}
+
+
+def _differentiable_bound(weights: LogWeights) -> Tensor:
+    """Value of the bound and gradient of its estimator, whatever the guide's sites; it needs no score term outside."""
+    totals = weights.totals()
+    surrogate = Pathwise().surrogate(weights, totals) + VIMCO().surrogate(weights, totals)
+    return totals.log_mean + (surrogate - surrogate.detach())
+
+
+def _difference(log_p: Tensor, bound: Tensor) -> Tensor:
+    """log q~ = log p(x, z) - Lhat; 0 where every particle is impossible, so that the draw's value is -inf, not NaN."""
+    return torch.where(bound == -math.inf, 0.0, log_p - torch.where(bound == -math.inf, 0.0, bound))
+
+
+def _require_enclosing(layout: Layout, enclosing: Sequence[CondIndepStackFrame]) -> None:
+    for frame in enclosing:
+        if frame.size > 1 and frame.dim not in layout.dims:
+            raise ValueError(
+                f"expected model and guide to treat the elements of the enclosing plate '{frame.name}' (dim={frame.dim}) "
+                "apart, got sites that mix them: draws would not be independent. Count dimensions from the right "
+                "(dim=-1), or draw one by one: Predictive(..., parallel=False), vectorize_particles=False"
+            )
+
+
+def _refuse_tempered(weights: LogWeights, method: str) -> None:
+    if weights.tempered:
+        raise ValueError(
+            f"{method} got weights tempered by a poutine.scale around some sites of model or guide; they are no densities. "
+            "Take the scale away, or put it around model and guide alike"
+        )
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    return a is b or (a.shape == b.shape and bool((a == b).all()))
+
+
+def _spread(value: Tensor, name: str, structure: Structure, count: int) -> Tensor:
+    """Draws as a run of that many particles wants them."""
+    if count == 1 or not structure.run.vectorized or name not in structure.batch_dims:
+        return value
+    return value.reshape(value.shape[:1] + (1,) * (structure.run.depth - structure.batch_dims[name]) + value.shape[1:])
+
+
+def _strip(value: Tensor, name: str, structure: Structure) -> Tensor:
+    """A value drawn in a plate of draws, as ``(draws, *site shape)``."""
+    extra = structure.run.depth - structure.batch_dims.get(name, structure.run.depth)
+    return value.reshape(value.shape[:1] + value.shape[1 + extra :])

@@ -1,0 +1,447 @@
+# Copyright Contributors to the pyro_iwae project.
+# SPDX-License-Identifier: Apache-2.0
+
+"""What a trace does not show: whether particles may share one vectorised run, and whether a site mixes elements.
+
+Both are found by running model and guide again, once for each pair of them, with all that is random (generators,
+minibatches, buffers) put back afterwards.
+
+Mixing check: give some elements of a plate the latents of another particle and replay. The plate is independent if and
+only if no term changes at an element whose own latents stayed.
+"""
+
+from __future__ import annotations
+
+import math
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import pyro
+import torch
+from pyro import poutine
+from pyro.poutine.indep_messenger import CondIndepStackFrame
+from pyro.util import get_rng_state, set_rng_state
+from torch import Tensor
+
+from pyro_iwae.particles import (
+    Drawn,
+    Minibatch,
+    Run,
+    batch_dim,
+    run_particles,
+    settable,
+    spread_value,
+    stacked_latents,
+)
+from pyro_iwae.plates import IndependentPlate, Layout, Site, candidates, latent_sites, nesting, sample_sites, signature
+from pyro_iwae.traces import Pair, Term, terms_of
+
+__all__ = ["Structure", "StructureCache", "inspect", "unchanged_state"]
+
+CHECK_PARTICLES = 8  # in a vectorised check; a sequential one makes do with two
+
+
+@dataclass(frozen=True)
+class Structure:
+    """The verdict on a model and guide.
+
+    Attributes:
+        run: how particles are run.
+        signature: the sites and plates for which the verdict holds.
+        independent: keys of the independent plates: the dimension of a vectorised one, the name of a sequential one.
+        mixed: for each plate that contains every latent but is not independent, the site that prevents it.
+        batch_dims: batch dimensions of each latent's value in a run without particles.
+        conclusive: False where the particles of the check were all alike, so that it could see nothing.
+        numbers: how many numbers the values in one run's traces hold, a measure of its memory.
+        messages: what to warn of, once.
+        probe: traces of one run without particles.
+    """
+
+    run: Run
+    signature: tuple[Any, ...]
+    independent: frozenset[int | str] = frozenset()
+    mixed: Mapping[str, str] = field(default_factory=dict)
+    batch_dims: Mapping[str, int] = field(default_factory=dict)
+    conclusive: bool = True
+    numbers: int = 0
+    messages: tuple[str, ...] = ()
+    probe: Pair | None = None
+
+    def layout(self, pair: Pair, num_particles: int) -> Layout:
+        """Where the columns lie in these traces."""
+        found = candidates(pair.model, pair.guide, self.run.particle_dim(num_particles))
+        return found.keeping(p for p in found.plates if _key(p) in self.independent)
+
+    def signature_of(self, pair: Pair, num_particles: int) -> tuple[Any, ...]:
+        """The sites and plates of these traces, to compare with those of the verdict."""
+        return signature(pair.model, pair.guide, self.run.particle_dim(num_particles))
+
+    def describes(self, pair: Pair, num_particles: int) -> bool:
+        """Whether sites and plates are those of the verdict."""
+        return self.signature_of(pair, num_particles) == self.signature
+
+
+def _key(plate: IndependentPlate) -> int | str:
+    return plate.name if plate.dim is None else plate.dim
+
+
+class StructureCache:
+    """Verdicts by model and guide, held no longer than these; forgotten in copies and pickles."""
+
+    def __init__(self) -> None:
+        self._verdicts: dict[Any, dict[tuple[Any, ...], Structure]] = {}
+        self._latest: dict[Any, Structure] = {}
+
+    def __reduce__(self) -> tuple[type[StructureCache], tuple[()]]:
+        return StructureCache, ()
+
+    def key(self, *parts: Any) -> tuple[Any, ...]:
+        """A key that keeps none of the callables alive and forgets its verdicts when one of them dies."""
+        return tuple(self._reference(p) if callable(p) else p for p in parts)
+
+    def _reference(self, fn: Callable[..., Any]) -> Any:
+        # A bound method is a new object at each access, dead at once; WeakMethod follows the object behind it.
+        kind: Any = weakref.WeakMethod if hasattr(fn, "__self__") and hasattr(fn, "__func__") else weakref.ref
+        owner = weakref.ref(self)
+
+        def forget(dead: Any) -> None:
+            cache = owner()
+            if cache is not None:
+                for key in [k for k in cache._latest if dead in k]:
+                    cache._latest.pop(key, None)
+                    cache._verdicts.pop(key, None)
+
+        try:
+            return kind(fn, forget)
+        except TypeError:  # not weakly referable: a strong key is right too
+            return fn
+
+    def latest(self, key: tuple[Any, ...]) -> Structure | None:
+        """The verdict last used for this key."""
+        return self._latest.get(key)
+
+    def find(self, key: tuple[Any, ...], signature: tuple[Any, ...]) -> Structure | None:
+        """The verdict for these sites and plates."""
+        return self._verdicts.get(key, {}).get(signature)
+
+    def store(self, key: tuple[Any, ...], structure: Structure) -> None:
+        """Keeps a verdict and makes it the latest."""
+        known = self._verdicts.setdefault(key, {})
+        if len(known) >= 64:  # a model that never looks the same twice
+            known.clear()
+        known[structure.signature] = structure
+        self._latest[key] = structure
+
+
+@contextmanager
+def unchanged_state() -> Iterator[dict[torch.nn.Module, dict[str, Tensor]]]:
+    """Puts random generators and module buffers back; yields the modules that were called, with their buffers."""
+    rng = get_rng_state()
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else None
+    seen: dict[torch.nn.Module, dict[str, Tensor]] = {}
+
+    def remember(module: torch.nn.Module, inputs: Any) -> None:
+        if module not in seen:
+            seen[module] = {n: b.clone() for n, b in module.named_buffers(recurse=False)}
+
+    hook = torch.nn.modules.module.register_module_forward_pre_hook(remember)
+    try:
+        yield seen
+    finally:
+        hook.remove()
+        set_rng_state(rng)
+        if cuda is not None:
+            torch.cuda.set_rng_state_all(cuda)
+        with torch.no_grad():
+            for module, buffers in seen.items():
+                for name, value in buffers.items():
+                    getattr(module, name).copy_(value)
+
+
+def inspect(
+    model: Callable[..., Any],
+    guide: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    *,
+    vectorize: bool | None,
+    max_plate_nesting: float = math.inf,
+    enclosing: Sequence[CondIndepStackFrame] = (),
+) -> Structure:
+    """Runs model and guide a few times, leaving no trace of it, and returns the verdict.
+
+    Args:
+        model: the model.
+        guide: the guide.
+        args: positional arguments of both.
+        kwargs: keyword arguments of both.
+        vectorize: True and False force; None finds out.
+        max_plate_nesting: as for ``Trace_ELBO``; infinity finds out.
+        enclosing: plates to run in.
+    """
+    with unchanged_state() as modules, poutine.block():
+        return _Inspection(model, guide, args, kwargs, enclosing, modules).verdict(vectorize, max_plate_nesting)
+
+
+class _Inspection:
+    """One inspection: the runs that it makes share one minibatch."""
+
+    def __init__(
+        self,
+        model: Callable[..., Any],
+        guide: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
+        enclosing: Sequence[CondIndepStackFrame],
+        modules: Mapping[torch.nn.Module, Any],
+    ) -> None:
+        self.call = (model, guide, args, kwargs)
+        self.enclosing = tuple(enclosing)
+        self.modules = modules
+        self.minibatch = Minibatch()
+        self.messages: list[str] = []
+
+    def verdict(self, vectorize: bool | None, max_plate_nesting: float) -> Structure:
+        (probe,) = self.particles(1, Run(0, False, False))
+        run = Run(self._depth(probe, max_plate_nesting), False, _asks_enumeration(probe))
+        self.batch_dims = {n: batch_dim(s) for n, s in latent_sites(probe.guide)}
+        if vectorize is not False:
+            run = self._vectorized(run, forced=vectorize is True)
+        independent, mixed, conclusive = self._independent(run, probe)
+        self._warn_of_batch_norm()
+        return Structure(
+            run=run,
+            signature=signature(probe.model, probe.guide),
+            independent=independent,
+            mixed=mixed,
+            batch_dims=self.batch_dims,
+            conclusive=conclusive,
+            numbers=sum(s["value"].numel() for _, _, s in probe.sites()),
+            messages=tuple(self.messages),
+            probe=probe,
+        )
+
+    def particles(self, count: int, run: Run, values: Mapping[str, Tensor] | None = None) -> list[Pair]:
+        return self._run(self.call[1], count, run, values)
+
+    def _run(
+        self, guide: Callable[..., Any], count: int, run: Run, values: Mapping[str, Tensor] | None
+    ) -> list[Pair]:
+        model, _, args, kwargs = self.call
+        return run_particles(
+            model,
+            guide,
+            args,
+            kwargs,
+            num_particles=count,
+            run=run,
+            minibatch=self.minibatch,
+            enclosing=self.enclosing,
+            values=values,
+        )
+
+    def _depth(self, probe: Pair, max_plate_nesting: float) -> int:
+        depth = nesting((probe.model, probe.guide))
+        if max_plate_nesting == math.inf:
+            return depth
+        frames = [f for _, _, s in probe.sites() for f in s["cond_indep_stack"] if f.vectorized]
+        own = [f for f in frames if f not in self.enclosing]
+        for frame in own:
+            if -frame.dim > max_plate_nesting:
+                raise ValueError(
+                    f"expected plates within max_plate_nesting={max_plate_nesting} dimensions, got plate "
+                    f"'{frame.name}' at dim={frame.dim}; raise max_plate_nesting, or leave it out to have it found"
+                )
+        return max(depth, int(max_plate_nesting))
+
+    # Vectorisation: a particle's terms must be those of a sequential replay of its values.
+
+    def _vectorized(self, run: Run, *, forced: bool) -> Run:
+        wide = Run(run.depth, True, run.enumerated)
+        if forced:
+            return wide
+        try:
+            fault = self._vectorization_fault(self.particles(CHECK_PARTICLES, wide), wide, run)
+        except Exception as error:  # whatever the model raises: it has just run well without vectorisation
+            fault = f"the vectorised run failed with {type(error).__name__}: {error}"
+        if fault is None:
+            return wide
+        self.messages.append(
+            f"particles are run one after the other, because {fault}. Make model and guide broadcast over a plate on "
+            "the left of their own (dims counted from the right, as in dim=-1) to have them run in one pass, or pass "
+            "vectorize_particles=False to silence this"
+        )
+        return run
+
+    def _vectorization_fault(self, pairs: list[Pair], wide: Run, narrow: Run) -> str | None:
+        """The site that is not the same in both ways of running, if any; None also where two like runs differ."""
+        values = self._values(pairs, wide, CHECK_PARTICLES)
+        last = {n: v[-1:] for n, v in values.items()}
+        total = Layout((), wide.particle_dim(CHECK_PARTICLES))
+        together, alone = _tables(pairs, total), self._replay(pairs, last, narrow, 1, Layout())
+        together = {k: t for k, t in together.items() if k in alone or k[0] == "model"}
+        if together.keys() != alone.keys():
+            names = sorted({n for _, n in together.keys() ^ alone.keys()})
+            return f"sites {names} appear in only one of a vectorised and a sequential run"
+        faulty = [k for k, t in alone.items() if not _close(t.value, _last(together[k]), loose=True)]
+        if not faulty:
+            return None
+        again = self._replay(pairs, last, narrow, 1, Layout())
+        like = self._replay(pairs, values, wide, CHECK_PARTICLES, total)
+        for key in faulty:
+            if _close(alone[key].value, again[key].value) and _close(_last(like[key]), _last(together[key]), loose=True):
+                return (
+                    f"{key[0]} site '{key[1]}' has log density {_last(together[key]).item():.6g} in a vectorised run "
+                    f"and {alone[key].value.item():.6g} in a sequential replay of the same values"
+                )
+        return None
+
+    # Independence: hybrids of two particles.
+
+    def _independent(self, run: Run, probe: Pair) -> tuple[frozenset[int | str], dict[str, str], bool]:
+        found = candidates(probe.model, probe.guide)
+        if not found.plates:
+            return frozenset(), {}, True
+        if not any(True for t in (probe.model, probe.guide) for _ in latent_sites(t)):
+            return frozenset(_key(p) for p in found.plates), {}, True
+        count = CHECK_PARTICLES if run.vectorized else 2
+        pairs = self.particles(count, run)
+        layout = candidates(pairs[0].model, pairs[0].guide, run.particle_dim(count))
+        fault, conclusive = self._mixing_fault(pairs, layout, run, count)
+        if fault is None:
+            return frozenset(_key(p) for p in layout.plates), {}, conclusive
+        kept: tuple[IndependentPlate, ...] = ()
+        mixed = {}
+        for plate in layout.plates:
+            fault, _ = self._mixing_fault(pairs, layout.keeping((*kept, plate)), run, count)
+            if fault is None:
+                kept = (*kept, plate)
+            else:
+                mixed[plate.name] = fault
+        return frozenset(_key(p) for p in kept), mixed, True
+
+    def _mixing_fault(self, pairs: list[Pair], layout: Layout, run: Run, count: int) -> tuple[str | None, bool]:
+        """The site that mixes elements, if any; and whether the particles differed enough to tell.
+
+        Both replays see the same random numbers, for models with randomness of their own.
+        """
+        values = self._values(pairs, run, count)
+        sites = dict(latent_sites(pairs[0].guide))
+        moved = coin_flips((count, *(p.size for p in layout.plates)))
+        crossed = {n: cross_elements(v, layout.align(moved, sites[n], v)) for n, v in values.items()}
+        seed = get_rng_state()
+        before = self._replay(pairs, values, run, count, layout)
+        set_rng_state(seed)
+        after = self._replay(pairs, crossed, run, count, layout)
+        conclusive = any(bool((crossed[n] != v).any()) for n, v in values.items())
+        point_estimate = not any(settable(s) for s in sites.values())  # its particles never differ
+        return _first_mixed(before, after, moved), conclusive or point_estimate
+
+    def _replay(
+        self, pairs: Sequence[Pair], values: Mapping[str, Tensor], run: Run, count: int, layout: Layout
+    ) -> dict[tuple[str, str], Term]:
+        """Terms of model and guide at given values of the guide's latents; of the model alone if the guide cannot."""
+        sites = dict(latent_sites(pairs[0].guide))
+        spread = {n: spread_value(v, sites[n], run) if count > 1 else v for n, v in values.items()}
+        own = {n: v for n, v in spread.items() if settable(sites[n])}
+        try:
+            return _tables(self.particles(count, run, own), layout)
+        except (NotImplementedError, KeyError):  # a flow without an inverse cannot be asked for a density
+            pairs = self._run(_stand_in(sites), count, run, spread)
+            return {k: t for k, t in _tables(pairs, layout).items() if k[0] == "model"}
+
+    def _values(self, pairs: Sequence[Pair], run: Run, count: int) -> dict[str, Tensor]:
+        stacked = stacked_latents(pairs, run=run, num_particles=count, batch_dims=self.batch_dims)
+        return {n: v.detach() for n, v in stacked.items()}
+
+    def _warn_of_batch_norm(self) -> None:
+        norms = [m for m in self.modules if isinstance(m, torch.nn.modules.batchnorm._BatchNorm) and m.training]
+        if norms:
+            self.messages.append(
+                f"{type(norms[0]).__name__} in training mode normalises over the particles and rows that it is given, "
+                "so that a particle's weight depends on the others. Use LayerNorm or GroupNorm, or call .eval() on it"
+            )
+
+
+def _tables(pairs: Sequence[Pair], layout: Layout) -> dict[tuple[str, str], Term]:
+    """Terms by site, particles of sequential runs joined."""
+    tables = [{t.key: t for t in terms_of(p, layout)} for p in pairs]
+    if len(tables) == 1:
+        return tables[0]
+    return {
+        key: Term(*key, torch.cat([t[key].value for t in tables]), term.element, term.plates)
+        for key, term in tables[0].items()
+        if all(key in t for t in tables)
+    }
+
+
+def _last(term: Term) -> Tensor:
+    return term.value[-1:]
+
+
+def _stand_in(sites: Mapping[str, Site]) -> Callable[..., None]:
+    """A guide that only holds the sites; their values are given to it."""
+
+    def guide(*args: Any, **kwargs: Any) -> None:
+        for name, site in sites.items():
+            pyro.sample(name, Drawn(site["value"], event_dim=site["fn"].event_dim), infer=dict(site["infer"]))
+
+    return guide
+
+
+def _asks_enumeration(pair: Pair) -> bool:
+    return any(
+        s["infer"].get("enumerate") == "parallel"
+        for n, s in sample_sites(pair.model)
+        if not s["is_observed"] and n not in pair.guide.nodes
+    )
+
+
+def coin_flips(shape: tuple[int, ...]) -> Tensor:
+    """Which elements take another particle's latents; in every plate one does and its neighbour does not."""
+    flips = torch.rand(shape, generator=torch.Generator().manual_seed(20170409)) < 0.5
+    for axis in range(1, len(shape)):
+        if shape[axis] > 1:
+            flips.select(axis, 1).copy_(~flips.select(axis, 0))
+    return flips
+
+
+def cross_elements(value: Tensor, choice: Tensor) -> Tensor:
+    """Elements of each particle, or of the next one where the coin says so."""
+    return torch.where(choice.to(value.device), value.roll(-1, 0), value)
+
+
+def _first_mixed(
+    before: Mapping[tuple[str, str], Term], after: Mapping[tuple[str, str], Term], moved: Tensor
+) -> str | None:
+    """The first site whose term changed at an element whose own latents did not move."""
+    for key in before.keys() | after.keys():
+        if key not in before or key not in after:
+            return key[1]  # the site itself came or went
+    for key, term in before.items():
+        a, b = torch.broadcast_tensors(term.value.detach(), after[key].value.detach())
+        if term.element is not None:
+            still = ~moved
+            for index in term.element:
+                still = still[:, index]
+            still = still.to(a.device)
+            a, b = a.expand(still.shape)[still], b.expand(still.shape)[still]
+        if not _close(a, b):
+            return key[1]
+    return None
+
+
+def _close(a: Tensor, b: Tensor, *, loose: bool = False) -> bool:
+    """Equal to rounding; ``loose`` allows for sums taken in another order."""
+    a, b = torch.broadcast_tensors(a.detach(), b.detach().to(a))
+    finite = a.isfinite() & b.isfinite()
+    if bool(((a != b) & ~finite & ~(a.isnan() & b.isnan())).any()):
+        return False
+    a, b = a[finite], b[finite]
+    if a.numel() == 0:
+        return True
+    tolerance = torch.finfo(a.dtype).eps * (1e4 if loose else 2e2)
+    return bool(((a - b).abs() <= tolerance * (1.0 + torch.maximum(a.abs(), b.abs()).max())).all())

@@ -1,0 +1,245 @@
+# Copyright Contributors to the pyro_iwae project.
+# SPDX-License-Identifier: Apache-2.0
+
+"""How K runs of a model and guide happen: vectorised in one plate, or one after the other; always on one minibatch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from pyro.distributions import Delta
+from pyro.poutine.broadcast_messenger import BroadcastMessenger
+from pyro.poutine.indep_messenger import CondIndepStackFrame, IndepMessenger
+from pyro.poutine.messenger import Messenger
+from pyro.poutine.runtime import _ENUM_ALLOCATOR, apply_stack
+from pyro.poutine.util import site_is_subsample
+from torch import Tensor
+
+from pyro_iwae.plates import Layout, Site, latent_sites, plate_scale
+from pyro_iwae.traces import Pair, run_pair
+
+__all__ = ["Drawn", "EnclosingPlates", "Minibatch", "Run", "enclosing_frames", "run_particles"]
+
+Program = Callable[..., Any]
+
+
+class Drawn(Delta):
+    """A value whose density a factor beside it carries, so that its own is 0 wherever it is asked."""
+
+    def log_prob(self, x: Tensor) -> Tensor:
+        return self.log_density.expand(x.shape[: x.dim() - self.event_dim])
+
+
+class Minibatch(Messenger):
+    """Draws the indices of each subsampled plate once, for all particles, for model and guide alike."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.indices: dict[str, Tensor] = {}
+
+    def _pyro_sample(self, msg: Site) -> None:
+        if site_is_subsample(msg) and msg["name"] in self.indices:
+            msg["value"] = self.indices[msg["name"]]
+            msg["done"] = msg["stop"] = True  # handlers outside see each plate's indices once
+
+    def _pyro_post_sample(self, msg: Site) -> None:
+        if site_is_subsample(msg):
+            self.indices[msg["name"]] = msg["value"]
+
+
+class EnclosingPlates(Messenger):
+    """Puts sites into plates that were entered further out, behind a boundary that hides them."""
+
+    def __init__(self, frames: Sequence[CondIndepStackFrame]) -> None:
+        super().__init__()
+        self.frames = tuple(frames)
+
+    def _process_message(self, msg: Site) -> None:
+        if msg["type"] == ENCLOSING or (msg["type"] == "sample" and not site_is_subsample(msg)):
+            msg["cond_indep_stack"] = self.frames + msg["cond_indep_stack"]
+            for frame in self.frames:
+                msg["scale"] = msg["scale"] * plate_scale(frame)
+            BroadcastMessenger._pyro_sample(msg)
+
+
+class ParticlePlate(IndepMessenger):
+    """A plate that never subsamples and so, unlike ``pyro.plate``, sends no message about its indices."""
+
+    def _process_message(self, msg: Site) -> None:
+        super()._process_message(msg)
+        BroadcastMessenger._pyro_sample(msg)
+
+
+ENCLOSING = "pyro_iwae_enclosing"  # a message that nobody handles: only plates leave their mark on it
+
+
+def enclosing_frames() -> tuple[CondIndepStackFrame, ...]:
+    """The vectorised plates that a sample statement would find itself in, here and now."""
+    msg: Any = {
+        "type": ENCLOSING,
+        "name": ENCLOSING,
+        "fn": lambda: None,
+        "is_observed": False,
+        "args": (),
+        "kwargs": {},
+        "value": None,
+        "infer": {},
+        "scale": 1.0,
+        "mask": None,
+        "cond_indep_stack": (),
+        "done": False,
+        "stop": False,
+        "continuation": None,
+    }
+    apply_stack(msg)
+    return tuple(f for f in msg["cond_indep_stack"] if f.vectorized)
+
+
+@dataclass(frozen=True)
+class Run:
+    """How particles are run.
+
+    Attributes:
+        depth: dimensions taken by the plates of model and guide; the plate of particles comes left of them.
+        vectorized: all particles in one pass, or one after the other.
+        enumerated: whether the model has sites to be summed out.
+    """
+
+    depth: int
+    vectorized: bool
+    enumerated: bool
+
+    def particle_dim(self, num_particles: int) -> int | None:
+        """The dimension of the particles in a trace; None where each trace is one particle."""
+        return -self.depth - 1 if self.vectorized and num_particles > 1 else None
+
+
+def run_particles(
+    model: Program,
+    guide: Program,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    *,
+    num_particles: int,
+    run: Run,
+    minibatch: Minibatch,
+    enclosing: Sequence[CondIndepStackFrame] = (),
+    values: Mapping[str, Tensor] | None = None,
+) -> list[Pair]:
+    """Runs K particles: one pair of traces if vectorised, else K pairs.
+
+    Args:
+        model: the model.
+        guide: the guide.
+        args: positional arguments of both.
+        kwargs: keyword arguments of both.
+        num_particles: K.
+        run: how.
+        minibatch: the indices to share.
+        enclosing: plates, entered further out, to run in.
+        values: values for latents of the guide, each of shape ``(particles, *site shape)``.
+    """
+    dim = run.particle_dim(num_particles)
+    enumerate_from = None
+    if run.enumerated:
+        enumerate_from = -1 - run.depth if dim is None else dim - 1
+    def once(around: Callable[[Program], Program], given: Mapping[str, Tensor] | None) -> Pair:
+        return run_pair(model, guide, args, kwargs, around=around, values=given, enumerate_from=enumerate_from)
+
+    outside = EnclosingPlates(enclosing)  # within poutine.replay, as plates must be to broadcast
+    with unchanged_enumeration(), minibatch:
+        if dim is not None:
+            plate = ParticlePlate(f"_importance_particles_{-dim}", num_particles, dim=dim)
+            return [once(lambda fn: outside(plate(fn)), values)]
+        singles = [{n: v[k] for n, v in (values or {}).items()} for k in range(num_particles)]
+        return [once(outside, single) for single in singles]
+
+
+@contextmanager
+def unchanged_enumeration() -> Iterator[None]:
+    """Lets an enumeration further out go on where it was."""
+    allocator = dict(vars(_ENUM_ALLOCATOR))
+    try:
+        yield
+    finally:
+        vars(_ENUM_ALLOCATOR).clear()
+        vars(_ENUM_ALLOCATOR).update(allocator)
+
+
+def batch_dim(site: Site) -> int:
+    """Batch dimensions of the site's value."""
+    return len(site["fn"].batch_shape)
+
+
+def stacked_value(
+    sites: Sequence[Site], *, particle_dim: int | None, num_particles: int, batch_dims: int | None = None
+) -> Tensor:
+    """A site's values in K particles, shape ``(particles, *site shape)``, the site's shape as without particles."""
+    if particle_dim is None:
+        return torch.stack([s["value"] for s in sites])
+    (site,) = sites
+    value, event_dim = site["value"], site["fn"].event_dim
+    missing = -particle_dim + event_dim - value.dim()
+    if missing > 0:  # the same for all particles
+        value = value.reshape((1,) * missing + value.shape)
+    if value.shape[0] == 1:
+        value = value.expand(num_particles, *value.shape[1:])
+    if batch_dims is None:
+        batch_dims = -min((f.dim for f in site["cond_indep_stack"] if f.vectorized and f.dim != particle_dim), default=0)
+    return value.reshape(value.shape[:1] + value.shape[-particle_dim - batch_dims :])
+
+
+def spread_value(value: Tensor, site: Site, run: Run) -> Tensor:
+    """The opposite: ``(particles, *site shape)`` as a vectorised run wants it."""
+    if not run.vectorized:
+        return value
+    event_dim = site["fn"].event_dim
+    batch = value.dim() - 1 - event_dim
+    return value.reshape(value.shape[:1] + (1,) * (run.depth - batch) + value.shape[1:])
+
+
+def stacked_latents(
+    pairs: Sequence[Pair], *, run: Run, num_particles: int, batch_dims: Mapping[str, int]
+) -> dict[str, Tensor]:
+    """Values of the guide's latents, by name, each ``(particles, *site shape)``."""
+    dim = run.particle_dim(num_particles)
+    return {
+        name: stacked_value(
+            [p.guide.nodes[name] for p in pairs],
+            particle_dim=dim,
+            num_particles=num_particles,
+            batch_dims=batch_dims.get(name),
+        )
+        for name, _ in latent_sites(pairs[0].guide)
+    }
+
+
+def settable(site: Site) -> bool:
+    """Whether a latent's value is its own: a Delta follows from what comes before it and is better left to that."""
+    fn = site["fn"]
+    while hasattr(fn, "base_dist"):
+        fn = fn.base_dist
+    return isinstance(fn, Drawn) or not isinstance(fn, Delta)
+
+
+def select(values: Mapping[str, Tensor], index: Tensor, sites: Mapping[str, Site], layout: Layout) -> dict[str, Tensor]:
+    """Takes one particle for each independent element.
+
+    Args:
+        values: by site name, ``(particles, *site shape)``.
+        index: the particle of each element, ``(draws, *plates)``.
+        sites: the sites, by name.
+        layout: where the columns lie.
+
+    Returns:
+        By site name, ``(draws, *site shape)``.
+    """
+    chosen = {}
+    for name, value in values.items():
+        where = layout.align(index, sites[name], value)
+        chosen[name] = value.gather(0, where.expand(-1, *value.shape[1:]))
+    return chosen
