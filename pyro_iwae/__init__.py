@@ -11,6 +11,7 @@ from pyro_iwae.elbo import ImportanceWeightedELBO
 from pyro_iwae.gradients import VIMCO, Pathwise
 from pyro_iwae.guide import ImportanceResampledGuide
 from pyro_iwae.logweights import LogWeights
+from pyro_iwae.preflight import preflight
 
 __version__ = "0.1.0"
 
@@ -20,4 +21,5 @@ __all__ = [
     "ImportanceWeightedELBO",
     "LogWeights",
     "Pathwise",
+    "preflight",
 ]

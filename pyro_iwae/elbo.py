@@ -20,7 +20,7 @@ from pyro_iwae.gradients import VIMCO, Gradient, Pathwise
 from pyro_iwae.inspection import StructureCache
 from pyro_iwae.logweights import LogWeights
 from pyro_iwae.plates import latent_sites, nesting
-from pyro_iwae.traces import fill_densities, impossible_sites, run_pair, terms_of
+from pyro_iwae.traces import fill_densities, impossible_sites, outer_scale, run_pair, terms_of
 from pyro_iwae.weighing import Particles, weigh_particles
 
 __all__ = ["ImportanceWeightedELBO"]
@@ -264,11 +264,12 @@ def _refuse_nan_gradients(particles: Particles) -> None:
     """Raises where a particle of weight 0 has put NaN into a gradient: 0 times the slope of -inf."""
     if bool((particles.weights.log_weights > -math.inf).all()):
         return
-    tables = [terms_of(pair, particles.layout) for pair in particles.pairs]
+    tables = [terms_of(p, particles.layout, outer_scale(p, particles.layout)) for p in particles.pairs]
     for pair in particles.pairs:
         for trace in (pair.model, pair.guide):
             for name in trace.param_nodes:
-                gradient = trace.nodes[name]["value"].unconstrained().grad
+                value: Any = trace.nodes[name]["value"]
+                gradient = value.unconstrained().grad
                 if gradient is not None and bool(gradient.isnan().any()):
                     raise ValueError(
                         f"the gradient of parameter '{name}' is NaN: site {sorted(impossible_sites(tables))} has log "

@@ -44,9 +44,7 @@ class Selection:
 class Emission:
     """Puts a draw into the surrounding trace, each site in the plates that it came from."""
 
-    def __init__(
-        self, particles: Particles, selection: Selection, enclosing: Sequence[CondIndepStackFrame]
-    ) -> None:
+    def __init__(self, particles: Particles, selection: Selection, enclosing: Sequence[CondIndepStackFrame]) -> None:
         self.selection = selection
         self.layout = particles.layout
         self.weights = particles.weights
@@ -73,7 +71,7 @@ class Emission:
         if name in self.model_trace.nodes:
             raise ValueError(f"expected a model without a site '{name}', which holds this guide's density; rename it")
         template = next(iter(self.selection.sites.values()), None)
-        frames = [] if template is None else [p.frame_of(template) for p in self.layout.plates]
+        frames = [f for p in self.layout.plates if template and (f := p.frame_of(template))]
         dims = dict(zip(self.layout.dims, log_density.shape[len(self.layout.sequential) :], strict=True))
         batch = [dims.get(d, 1) for d in range(min(dims, default=0), 0)]
         for element in itertools.product(*(range(p.size) for p in self.layout.sequential)):

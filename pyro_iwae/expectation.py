@@ -79,7 +79,9 @@ def _possible(result: Tensor, layout: Layout) -> Iterator[Alignment]:
         for before in range(result.dim() - width):
             after = result.dim() - 1 - width - before
 
-            def align(columns: Tensor, element: tuple[int, ...] = element, ends: tuple[int, int] = (before, after)) -> Tensor:
+            def align(
+                columns: Tensor, element: tuple[int, ...] = element, ends: tuple[int, int] = (before, after)
+            ) -> Tensor:
                 for index in element:
                     columns = columns[:, index]
                 sizes = dict(zip(layout.dims, columns.shape[1:], strict=True))
@@ -87,7 +89,9 @@ def _possible(result: Tensor, layout: Layout) -> Iterator[Alignment]:
                 return columns.reshape(columns.shape[:1] + (1,) * ends[0] + (*middle,) + (1,) * ends[1])
 
             try:
-                torch.broadcast_shapes(align(result.new_empty((1, *(p.size for p in layout.plates)))).shape, result.shape)
+                torch.broadcast_shapes(
+                    align(result.new_empty((1, *(p.size for p in layout.plates)))).shape, result.shape
+                )
             except RuntimeError:
                 continue
             yield align

@@ -16,16 +16,17 @@ import torch
 from jaxtyping import Float
 from pyro import poutine
 from pyro.infer import infer_discrete
+from pyro.infer.autoguide import AutoGuide, AutoMessenger
 from pyro.poutine.indep_messenger import CondIndepStackFrame
 from pyro.poutine.lift_messenger import LiftMessenger
 from pyro.poutine.messenger import block_messengers
 from torch import Tensor
 
 from pyro_iwae.elbo import as_count, require_callables
-from pyro_iwae.gradients import VIMCO, Pathwise
 from pyro_iwae.emission import Boundary, Emission, Selection
 from pyro_iwae.expectation import weighted_mean
-from pyro_iwae.inspection import Structure, StructureCache
+from pyro_iwae.gradients import VIMCO, Pathwise
+from pyro_iwae.inspection import Structure, StructureCache, unchanged_state
 from pyro_iwae.logweights import LogWeights
 from pyro_iwae.particles import (
     EnclosingPlates,
@@ -121,6 +122,7 @@ class ImportanceResampledGuide(torch.nn.Module):
         self.vectorize_particles = vectorize_particles
         self.max_plate_nesting = max_plate_nesting
         self._structures = StructureCache()
+        self._is_set_up = False
 
     # As a guide
 
@@ -128,6 +130,7 @@ class ImportanceResampledGuide(torch.nn.Module):
         """Emits one draw as sample sites, and its log density as a factor; returns the values by name."""
         enclosing = enclosing_frames()
         with self._inside():
+            self._set_up(args, kwargs, enclosing)
             particles = self._particles(args, kwargs, enclosing, self.num_particles)
             _require_enclosing(particles.layout, enclosing)
             index = multinomial(particles.weights.log_weights)
@@ -142,6 +145,15 @@ class ImportanceResampledGuide(torch.nn.Module):
             emit.density(selection.log_density)
             emit.plates()
         return emitted
+
+    def _set_up(
+        self, args: tuple[Any, ...], kwargs: Mapping[str, Any], enclosing: Sequence[CondIndepStackFrame]
+    ) -> None:
+        """Lets an autoguide take its shape from the model itself, not from the plates around its first call."""
+        if enclosing and isinstance(poutine.unwrap(self.guide), AutoGuide | AutoMessenger) and not self._is_set_up:
+            with unchanged_state(), poutine.block():
+                self.guide(*args, **kwargs)
+        self._is_set_up = True
 
     @contextmanager
     def _inside(self) -> Iterator[None]:
@@ -309,7 +321,7 @@ class ImportanceResampledGuide(torch.nn.Module):
 
     def log_density(
         self, draws: Mapping[str, Tensor], *args: Any, num_batches: int = 32, **kwargs: Any
-    ) -> Float[Tensor, "draws *plates"]:
+    ) -> Float[Tensor, draws * plates]:
         """Estimate of log q_EW at given draws; unbiased for the density itself.
 
         log p(x, z) + log K - log M + logsumexp_m( -log(w(z) + S_m) ), with S_m the sum of K - 1 fresh weights.
@@ -331,13 +343,13 @@ class ImportanceResampledGuide(torch.nn.Module):
         with torch.no_grad(), poutine.block():
             at, log_p = self._weigh_at(dict(draws), args, kwargs, ())
             _refuse_tempered(at.weights, "log_density")
-            sums = torch.stack([self._companions(args, kwargs, at.minibatch)[1:].logsumexp(0) for _ in range(num_batches)])
+            sums = torch.stack(
+                [self._companions(args, kwargs, at.minibatch)[1:].logsumexp(0) for _ in range(num_batches)]
+            )
             inverse = -torch.logaddexp(at.weights.log_weights.unsqueeze(1), sums)
             return log_p + math.log(self.num_particles / num_batches) + inverse.logsumexp(1)
 
-    def elbo_interval(
-        self, *args: Any, num_batches: int = 32, num_replicates: int = 16, **kwargs: Any
-    ) -> ElboInterval:
+    def elbo_interval(self, *args: Any, num_batches: int = 32, num_replicates: int = 16, **kwargs: Any) -> ElboInterval:
         """Lower and upper bound on ELBO[q_EW], which is never below the importance weighted bound.
 
         For a draw with weight w and its companions' sum S_0, and the sums S_1..S_M of fresh companions, the lower
@@ -364,7 +376,7 @@ class ImportanceResampledGuide(torch.nn.Module):
         return ElboInterval(mean[0], mean[1], error[0], error[1])
 
     def _bracket(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], num_batches: int) -> Tensor:
-        """(lower, upper) from M + 1 batches: each batch gives a draw, and fresh companions for the draws of the others."""
+        """(lower, upper) from M + 1 batches: each gives a draw, and fresh companions for the draws of the others."""
         first = self._particles(args, kwargs, (), self.num_particles)
         _refuse_tempered(first.weights, "elbo_interval")
         rest = [self._companions(args, kwargs, first.minibatch) for _ in range(num_batches)]
@@ -425,8 +437,8 @@ def _require_enclosing(layout: Layout, enclosing: Sequence[CondIndepStackFrame])
     for frame in enclosing:
         if frame.size > 1 and frame.dim not in layout.dims:
             raise ValueError(
-                f"expected model and guide to treat the elements of the enclosing plate '{frame.name}' (dim={frame.dim}) "
-                "apart, got sites that mix them: draws would not be independent. Count dimensions from the right "
+                f"expected model and guide to treat the elements of the enclosing plate '{frame.name}' (dim={frame.dim}) apart"
+                ", got sites that mix them: draws would not be independent. Count dimensions from the right "
                 "(dim=-1), or draw one by one: Predictive(..., parallel=False), vectorize_particles=False"
             )
 
@@ -434,8 +446,8 @@ def _require_enclosing(layout: Layout, enclosing: Sequence[CondIndepStackFrame])
 def _refuse_tempered(weights: LogWeights, method: str) -> None:
     if weights.tempered:
         raise ValueError(
-            f"{method} got weights tempered by a poutine.scale around some sites of model or guide; they are no densities. "
-            "Take the scale away, or put it around model and guide alike"
+            f"{method} got weights tempered by a poutine.scale around some sites of model or guide; they are no "
+            "densities. Take the scale away, or put it around model and guide alike"
         )
 
 

@@ -37,11 +37,12 @@ from pyro_iwae.particles import (
     stacked_latents,
 )
 from pyro_iwae.plates import IndependentPlate, Layout, Site, candidates, latent_sites, nesting, sample_sites, signature
-from pyro_iwae.traces import Pair, Term, terms_of
+from pyro_iwae.traces import Pair, Term, outer_scale, terms_of
 
 __all__ = ["Structure", "StructureCache", "inspect", "unchanged_state"]
 
 CHECK_PARTICLES = 8  # in a vectorised check; a sequential one makes do with two
+MOST_ATTEMPTS = 4  # for discrete latents that happen to be the same in all particles of a check
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,7 @@ class Structure:
         mixed: for each plate that contains every latent but is not independent, the site that prevents it.
         batch_dims: batch dimensions of each latent's value in a run without particles.
         conclusive: False where the particles of the check were all alike, so that it could see nothing.
+        attempts: inspections so far of these sites and plates.
         numbers: how many numbers the values in one run's traces hold, a measure of its memory.
         messages: what to warn of, once.
         probe: traces of one run without particles.
@@ -66,9 +68,15 @@ class Structure:
     mixed: Mapping[str, str] = field(default_factory=dict)
     batch_dims: Mapping[str, int] = field(default_factory=dict)
     conclusive: bool = True
+    attempts: int = 1
     numbers: int = 0
     messages: tuple[str, ...] = ()
     probe: Pair | None = None
+
+    @property
+    def settled(self) -> bool:
+        """Whether to go by this verdict, or to look again at the next call."""
+        return self.conclusive or self.attempts >= MOST_ATTEMPTS
 
     def layout(self, pair: Pair, num_particles: int) -> Layout:
         """Where the columns lie in these traces."""
@@ -227,9 +235,7 @@ class _Inspection:
     def particles(self, count: int, run: Run, values: Mapping[str, Tensor] | None = None) -> list[Pair]:
         return self._run(self.call[1], count, run, values)
 
-    def _run(
-        self, guide: Callable[..., Any], count: int, run: Run, values: Mapping[str, Tensor] | None
-    ) -> list[Pair]:
+    def _run(self, guide: Callable[..., Any], count: int, run: Run, values: Mapping[str, Tensor] | None) -> list[Pair]:
         model, _, args, kwargs = self.call
         return run_particles(
             model,
@@ -292,7 +298,9 @@ class _Inspection:
         again = self._replay(pairs, last, narrow, 1, Layout())
         like = self._replay(pairs, values, wide, CHECK_PARTICLES, total)
         for key in faulty:
-            if _close(alone[key].value, again[key].value) and _close(_last(like[key]), _last(together[key]), loose=True):
+            if _close(alone[key].value, again[key].value) and _close(
+                _last(like[key]), _last(together[key]), loose=True
+            ):
                 return (
                     f"{key[0]} site '{key[1]}' has log density {_last(together[key]).item():.6g} in a vectorised run "
                     f"and {alone[key].value.item():.6g} in a sequential replay of the same values"
@@ -368,7 +376,7 @@ class _Inspection:
 
 def _tables(pairs: Sequence[Pair], layout: Layout) -> dict[tuple[str, str], Term]:
     """Terms by site, particles of sequential runs joined."""
-    tables = [{t.key: t for t in terms_of(p, layout)} for p in pairs]
+    tables = [{t.key: t for t in terms_of(p, layout, outer_scale(p, layout))} for p in pairs]
     if len(tables) == 1:
         return tables[0]
     return {
@@ -387,7 +395,7 @@ def _stand_in(sites: Mapping[str, Site]) -> Callable[..., None]:
 
     def guide(*args: Any, **kwargs: Any) -> None:
         for name, site in sites.items():
-            pyro.sample(name, Drawn(site["value"], event_dim=site["fn"].event_dim), infer=dict(site["infer"]))
+            pyro.sample(name, Drawn(site["value"], event_dim=site["fn"].event_dim), infer=site["infer"])
 
     return guide
 

@@ -147,6 +147,7 @@ def run_particles(
     enumerate_from = None
     if run.enumerated:
         enumerate_from = -1 - run.depth if dim is None else dim - 1
+
     def once(around: Callable[[Program], Program], given: Mapping[str, Tensor] | None) -> Pair:
         return run_pair(model, guide, args, kwargs, around=around, values=given, enumerate_from=enumerate_from)
 
@@ -189,7 +190,9 @@ def stacked_value(
     if value.shape[0] == 1:
         value = value.expand(num_particles, *value.shape[1:])
     if batch_dims is None:
-        batch_dims = -min((f.dim for f in site["cond_indep_stack"] if f.vectorized and f.dim != particle_dim), default=0)
+        batch_dims = -min(
+            (f.dim for f in site["cond_indep_stack"] if f.vectorized and f.dim != particle_dim), default=0
+        )
     return value.reshape(value.shape[:1] + value.shape[-particle_dim - batch_dims :])
 
 

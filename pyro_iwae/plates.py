@@ -23,7 +23,7 @@ from torch import Tensor
 
 __all__ = ["IndependentPlate", "Layout", "candidates", "nesting", "own_scale", "plate_scale", "signature"]
 
-Site = dict[str, Any]
+Site = Any  # Pyro types its messages one way and uses them another
 Scale = float | Tensor
 
 
@@ -41,7 +41,7 @@ def latent_sites(trace: Trace) -> Iterator[tuple[str, Site]]:
 
 def nesting(traces: Iterable[Trace]) -> int:
     """How many dimensions the vectorised plates of these traces take."""
-    dims = (f.dim for t in traces for _, s in sample_sites(t) for f in s["cond_indep_stack"] if f.vectorized)
+    dims = [f.dim for t in traces for _, s in sample_sites(t) for f in s["cond_indep_stack"] if f.vectorized]
     return -min(dims, default=0)
 
 

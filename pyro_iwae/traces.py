@@ -78,6 +78,7 @@ def run_pair(
     around: Callable[[Callable[..., Any]], Callable[..., Any]] = lambda fn: fn,
     values: Mapping[str, Tensor] | None = None,
     enumerate_from: int | None = None,
+    matched: bool = True,
 ) -> Pair:
     """Runs the guide, then the model replayed on it.
 
@@ -89,9 +90,10 @@ def run_pair(
         around: wraps model and guide, as the plate of particles does.
         values: values that latents of the guide are given in place of a draw.
         enumerate_from: the first free dimension for enumerated model sites; None where there are none.
+        matched: whether to raise where the latents of model and guide are not the same.
     """
     given = SetValues(values or {})
-    messenger = poutine.unwrap(guide)
+    messenger: Any = poutine.unwrap(guide)
     if isinstance(messenger, Messenger):  # runs model and guide together
         if enumerate_from is not None:
             raise NotImplementedError(
@@ -109,23 +111,24 @@ def run_pair(
             replayed = EnumMessenger(enumerate_from)(replayed)
         model_trace = poutine.trace(poutine.replay(replayed, trace=guide_trace)).get_trace(*args, **kwargs)
     pair = Pair(prune_subsample_sites(model_trace), prune_subsample_sites(guide_trace))
-    require_match(pair)
+    if matched:
+        require_match(pair)
     return pair
 
 
 def require_match(pair: Pair) -> None:
     """Raises where the latents of model and guide are not the same."""
-    drawn = {name for name, site in latent_sites(pair.guide)}
-    wanted = {name: site for name, site in latent_sites(pair.model)}
-    for name in drawn - wanted.keys():
-        if pair.guide.nodes[name]["infer"].get("is_auxiliary"):
+    drawn = dict(latent_sites(pair.guide))
+    wanted = dict(latent_sites(pair.model))
+    for name in drawn.keys() - wanted.keys():
+        if drawn[name]["infer"].get("is_auxiliary"):
             continue
-        state = "observed" if name in pair.model.nodes else "absent"
+        state = "observed in" if name in pair.model.nodes else "absent from"
         raise ValueError(
-            f"latent site '{name}' of the guide is {state} in the model; remove it from the guide, or mark it "
+            f"latent site '{name}' of the guide is {state} the model; remove it from the guide, or mark it "
             "infer={'is_auxiliary': True} if only the guide needs it"
         )
-    for name in wanted.keys() - drawn:
+    for name in wanted.keys() - drawn.keys():
         infer = wanted[name]["infer"]
         if infer.get("enumerate") == "sequential":
             raise NotImplementedError(
@@ -137,11 +140,10 @@ def require_match(pair: Pair) -> None:
                 f"latent site '{name}' of the model is absent from the guide; sample it in the guide, observe it, or, "
                 "if it is discrete, mark it infer={'enumerate': 'parallel'} to have it summed out"
             )
-    if is_validation_enabled():
+    summed_out = [wanted[name]["infer"].get("_enumerate_dim") for name in wanted.keys() - drawn.keys()]
+    if is_validation_enabled() and None not in summed_out:  # Pyro would miss sites that are not enumerated yet
         dims = [f.dim for _, _, s in pair.sites() for f in s["cond_indep_stack"] if f.vectorized]
-        with warnings.catch_warnings():  # of sites that it sees as missing; those are settled above
-            warnings.simplefilter("ignore")
-            check_model_guide_match(pair.model, pair.guide, -min(dims, default=0))
+        check_model_guide_match(pair.model, pair.guide, -min(dims, default=0))
 
 
 def log_prob_of(site: Site) -> Tensor:
@@ -201,7 +203,9 @@ class Term:
 
 def model_log_density(pair: Pair, layout: Layout) -> Tensor:
     """log p(x, z) of each particle and independent element, ``(particles, *plates)``, as it enters the weights."""
-    terms = [t for t in terms_of(pair, layout) if t.role == "model" and t.element is not None]
+    terms = [
+        t for t in terms_of(pair, layout, outer_scale(pair, layout)) if t.role == "model" and t.element is not None
+    ]
     log_p, _, _ = _sum_columns(terms, layout)
     return torch.zeros((1,) * (1 + len(layout.plates))) if log_p is None else log_p
 
@@ -217,8 +221,7 @@ def joint_log_density(trace: Trace, guide_trace: Trace, layout: Layout) -> Tenso
 
 def outer_scale(pair: Pair, layout: Layout) -> Scale | None:
     """The ``poutine.scale`` that wraps every weighed site alike and so multiplies the loss; None if there is none."""
-    weighed = [s for _, _, s in pair.sites() if layout.element(s) is not None and not is_zero(s)]
-    scales = [own_scale(s) for s in weighed]
+    scales = [own_scale(s) for s in weighed_sites(pair, layout)]
     if not scales or not all(same_scale(scales[0], s) for s in scales[1:]):
         return None
     common = scales[0]
@@ -230,14 +233,24 @@ def outer_scale(pair: Pair, layout: Layout) -> Scale | None:
     return common
 
 
+def weighed_sites(pair: Pair, layout: Layout) -> list[Site]:
+    """The sites that enter the weights."""
+    return [s for _, _, s in pair.sites() if layout.element(s) is not None and not is_zero(s)]
+
+
 def is_zero(site: Site) -> bool:
     """Whether the site adds nothing, whatever its scale: a ``deterministic``, or all of it masked."""
     return bool(site["infer"].get("_deterministic")) or site["mask"] is False
 
 
-def terms_of(pair: Pair, layout: Layout) -> list[Term]:
-    """The log density of every site, signed and summed down to the columns of the layout."""
-    common = outer_scale(pair, layout)
+def terms_of(pair: Pair, layout: Layout, common: Scale | None) -> list[Term]:
+    """The log density of every site, signed and summed down to the columns of the layout.
+
+    Args:
+        pair: the traces.
+        layout: where the columns lie.
+        common: the scale that stays outside the weights, from :func:`outer_scale`.
+    """
     enumerated = enumerated_dims(pair)
     terms = [
         _term(role, name, site, layout, common)
@@ -283,7 +296,7 @@ def score_parts_of(site: Site) -> Any:
     return site["unscaled_score_parts"]
 
 
-def enumerated_dims(pair: Pair) -> dict[str, Tensor]:
+def enumerated_dims(pair: Pair) -> dict[str, Any]:
     """Packed log densities of the model sites that are enumerated or depend on an enumerated one, by name."""
     drawn = pair.guide.nodes
     sites = [s for name, s in sample_sites(pair.model) if name not in drawn]
@@ -302,9 +315,7 @@ def enumerated_dims(pair: Pair) -> dict[str, Tensor]:
     return found
 
 
-def _contracted_terms(
-    pair: Pair, layout: Layout, common: Scale | None, factors: Mapping[str, Tensor]
-) -> list[Term]:
+def _contracted_terms(pair: Pair, layout: Layout, common: Scale | None, factors: Mapping[str, Any]) -> list[Term]:
     """Sums the enumerated sites out: one term for each element of the sequential plates."""
     nodes, plate_symbols = pair.model.nodes, pair.model.plate_to_symbol
     groups: dict[tuple[int, ...] | None, list[str]] = {}
@@ -344,8 +355,8 @@ def _common_inner_scale(sites: Sequence[Site], layout: Layout, common: Scale | N
         if not same_scale(scale, scales[0]):
             raise ValueError(
                 f"expected one scale for all sites that share an enumerated variable, got {scales[0]} at "
-                f"'{sites[0]['name']}' and {scale} at '{site['name']}'; an enumerated site above a subsampled plate has "
-                "no unbiased estimate: use the full data, or put both under the same poutine.scale"
+                f"'{sites[0]['name']}' and {scale} at '{site['name']}'; an enumerated site above a subsampled plate "
+                "has no unbiased estimate: use the full data, or put both under the same poutine.scale"
             )
     if isinstance(scales[0], Tensor) and scales[0].dim() > 0:
         raise ValueError(f"expected a scalar poutine.scale at enumerated site '{sites[0]['name']}'")
@@ -364,21 +375,20 @@ def subsampling_problem(pair: Pair, layout: Layout) -> str | None:
     latents = [s for t in (pair.model, pair.guide) for _, s in latent_sites(t)]
     if not latents:
         return None
-    for _, name, site in pair.sites():
-        if layout.element(site) is None or is_zero(site):
-            continue
+    for site in weighed_sites(pair, layout):
         for frame in layout.outer_frames(site):
             if not is_subsampled(frame):
                 continue
             owns = any(f.name == frame.name for s in latents for f in s["cond_indep_stack"])
-            remedy = (
-                f"write num_particles=1, plate_particles={{'{frame.name}': K}}"
-                if owns
-                else "write num_particles=1, or give it the full data (no subsample_size)"
-            )
+            remedy = "write num_particles=1, or give it the full data (no subsample_size)"
+            if owns:
+                remedy += (
+                    f"; num_particles=1, plate_particles={{'{frame.name}': K}} (from version 0.2 on) will give the "
+                    "latents of the plate particles of their own"
+                )
             return (
-                f"plate '{frame.name}' (site '{name}') shows {frame.size} of its {frame.full_size} elements and is not "
-                "independent: latents outside it, or a site that mixes its elements, tie them together. With more than "
+                f"plate '{frame.name}' (site '{site['name']}') shows {frame.size} of its {frame.full_size} elements and is "
+                "not independent: latents outside it, or a site that mixes its elements, tie them together. With more than "
                 f"one particle its scale would sit inside the logarithm and the loss would be no bound; {remedy}"
             )
     return None
@@ -391,7 +401,8 @@ def weigh(pairs: Sequence[Pair], layout: Layout, num_particles: int) -> LogWeigh
         ValueError: where a weight is NaN or +inf, or where a subsampled plate forbids more than one particle.
     """
     require_full_plates(pairs[0], layout, num_particles)
-    tables = [terms_of(pair, layout) for pair in pairs]
+    common = outer_scale(pairs[0], layout)
+    tables = [terms_of(pair, layout, common) for pair in pairs]
     blocks = [_sum_columns([t for t in table if t.element is not None], layout) for table in tables]
     shape = (num_particles, *(p.size for p in layout.plates))
 
@@ -405,23 +416,18 @@ def weigh(pairs: Sequence[Pair], layout: Layout, num_particles: int) -> LogWeigh
     log_weights, score, score_log_q = (joined([b[i] for b in blocks]) for i in range(3))
     if log_weights is None:  # a model and guide without any site
         log_weights = torch.zeros(shape)
-    common = outer_scale(pairs[0], layout)
     weights = LogWeights(
         log_weights,
         plates=tuple(p.name for p in layout.plates),
         scale=layout.scale * (1.0 if common is None else common),
         constant=_constants(tables),
-        tempered=common is None and any(not same_scale(own_scale(s), 1.0) for s in _weighed(pairs[0], layout)),
+        tempered=common is None and any(not same_scale(own_scale(s), 1.0) for s in weighed_sites(pairs[0], layout)),
         score=score,
         score_log_q=score_log_q,
     )
     if not bool(weights.log_weights.isfinite().all()):
         _explain_infinite(weights, tables)
     return weights
-
-
-def _weighed(pair: Pair, layout: Layout) -> list[Site]:
-    return [s for _, _, s in pair.sites() if layout.element(s) is not None and not is_zero(s)]
 
 
 def _sum_columns(terms: Sequence[Term], layout: Layout) -> tuple[Tensor | None, Tensor | None, Tensor | None]:

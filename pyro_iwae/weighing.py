@@ -75,7 +75,8 @@ def weigh_particles(
             model, guide, args, kwargs, vectorize=vectorize, max_plate_nesting=max_plate_nesting, enclosing=enclosing
         )
         _announce(structure, num_particles, warn_of_enumeration, cache.latest(key))
-        structure = replace(structure, probe=None)
+        attempts = 1 if known is None else known.attempts + 1
+        structure = replace(structure, probe=None, attempts=attempts)
         cache.store(key, structure)
         return structure
 
@@ -93,7 +94,7 @@ def weigh_particles(
         )
 
     known = cache.latest(key)
-    structure = look() if known is None or not known.conclusive else known
+    structure = look() if known is None or not known.settled else known
     try:
         pairs = run(structure)
     except Exception:
@@ -121,8 +122,8 @@ def _common_layout(structure: Structure, pairs: Sequence[Pair], num_particles: i
     if structure.run.vectorized and num_particles > 1:
         raise ValueError(
             "expected model and guide to have the same sites and plates in every run, got different ones in two runs "
-            f"with the same arguments (latents: {sorted(n for n, _ in latent_sites(pairs[0].guide))}); if the structure "
-            "follows the latents, pass vectorize_particles=False"
+            f"with the same arguments (latents: {sorted(n for n, _ in latent_sites(pairs[0].guide))}); if the "
+            "structure follows the latents, pass vectorize_particles=False"
         )
     return layout.keeping(())
 

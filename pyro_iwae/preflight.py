@@ -1,0 +1,266 @@
+# Copyright Contributors to the pyro_iwae project.
+# SPDX-License-Identifier: Apache-2.0
+
+"""What will go wrong with a model and guide, by site name, before any training."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from pyro import poutine
+from pyro.poutine.indep_messenger import CondIndepStackFrame
+from pyro.poutine.util import site_is_factor
+from torch import Tensor
+
+from pyro_iwae.elbo import require_callables
+from pyro_iwae.inspection import Structure, inspect, unchanged_state
+from pyro_iwae.plates import Layout, Scale, Site, latent_sites, own_scale, same_scale
+from pyro_iwae.traces import Pair, is_zero, outer_scale, run_pair, subsampling_problem
+
+__all__ = ["PlateReport", "Preflight", "SiteReport", "preflight"]
+
+
+@dataclass(frozen=True)
+class SiteReport:
+    """One sample site.
+
+    Attributes:
+        name: its name.
+        where: "model", "guide" or "both".
+        role: "latent", "observed", "deterministic" or "factor".
+        plates: names of its plates, outermost first.
+        reparameterized: whether the guide's sampler passes gradients; None where the guide does not draw it.
+        enumerated: whether it asks for enumeration.
+        auxiliary: whether it is the guide's own.
+        scale: its ``poutine.scale``, without its plates'; a number, or the word "tensor".
+    """
+
+    name: str
+    where: str
+    role: str
+    plates: tuple[str, ...]
+    reparameterized: bool | None
+    enumerated: bool
+    auxiliary: bool
+    scale: float | str
+
+    def __str__(self) -> str:
+        notes = [self.role, f"in {self.where}"]
+        notes += [f"plates {', '.join(self.plates)}"] if self.plates else ["no plate"]
+        if self.reparameterized is not None:
+            notes.append("reparameterised" if self.reparameterized else "not reparameterised: score-function gradient")
+        notes += ["enumerated"] * self.enumerated + ["auxiliary"] * self.auxiliary
+        notes += [] if self.scale == 1.0 else [f"poutine.scale {self.scale}"]
+        return f"{self.name}: " + "; ".join(notes)
+
+
+@dataclass(frozen=True)
+class PlateReport:
+    """One plate.
+
+    Attributes:
+        name: its name.
+        size: elements that it shows.
+        full_size: elements that it stands for.
+        independent: whether each element gets its own log-mean-exp.
+        prevented_by: the site that keeps it from being independent, or None.
+        advice: what to write instead, or an empty string.
+    """
+
+    name: str
+    size: int
+    full_size: int
+    independent: bool
+    prevented_by: str | None
+    advice: str
+
+    def __str__(self) -> str:
+        shown = f"{self.size}" if self.size == self.full_size else f"{self.size} of {self.full_size}"
+        if self.independent:
+            return f"plate {self.name} ({shown} elements): independent, one log-mean-exp for each element"
+        verdict = f"not independent, because of site '{self.prevented_by}'. {self.advice}"
+        return f"plate {self.name} ({shown} elements): {verdict}"
+
+
+@dataclass(frozen=True)
+class Preflight:
+    """The report: printable, and iterable over its sites.
+
+    Attributes:
+        sites: every sample site.
+        plates: every plate.
+        problems: what will raise, in the words of the error.
+        warnings: what is legal and probably not meant.
+    """
+
+    sites: tuple[SiteReport, ...]
+    plates: tuple[PlateReport, ...]
+    problems: tuple[str, ...]
+    warnings: tuple[str, ...]
+
+    @property
+    def ok(self) -> bool:
+        """Whether nothing will raise."""
+        return not self.problems
+
+    def __iter__(self) -> Iterator[SiteReport]:
+        return iter(self.sites)
+
+    def __str__(self) -> str:
+        lines = ["preflight: " + ("nothing will raise" if self.ok else "this will raise")]
+        lines += [f"  will raise: {p}" for p in self.problems]
+        lines += [f"  warning: {w}" for w in self.warnings]
+        lines += [f"  {p}" for p in self.plates]
+        lines += [f"  {s}" for s in self.sites]
+        return "\n".join(lines)
+
+
+def preflight(model: Callable[..., Any], guide: Callable[..., Any], *args: Any, **kwargs: Any) -> Preflight:
+    """Looks at a model and guide before training.
+
+    Runs both a few times and puts back all that is random. The errors that it lists for more than one particle are
+    those that :class:`ImportanceWeightedELBO` raises.
+
+    Args:
+        model: the model.
+        guide: the guide.
+        args: passed to both.
+        kwargs: passed to both.
+
+    Returns:
+        The report.
+
+    Raises:
+        TypeError: where model or guide is not callable. Errors of theirs come through as they are.
+
+    Example::
+
+        >>> import pyro, pyro.distributions as dist
+        >>> def model():
+        ...     mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
+        ...     with pyro.plate("data", 2):
+        ...         pyro.sample("z", dist.Normal(mu, 1.0))
+        >>> def guide():
+        ...     pyro.sample("mu", dist.Normal(0.0, 1.0))
+        ...     with pyro.plate("data", 2):
+        ...         pyro.sample("z", dist.Normal(0.0, 1.0))
+        >>> report = preflight(model, guide)
+        >>> report.ok, report.plates[0].independent, report.plates[0].prevented_by
+        (True, False, 'mu')
+    """
+    require_callables(model, guide)
+    with unchanged_state(), poutine.block():
+        pair = run_pair(model, guide, args, kwargs, matched=False)
+    problems: list[str] = []
+    messages: list[str] = []
+    structure, layout = None, Layout()
+    try:
+        structure = inspect(model, guide, args, kwargs, vectorize=None)
+    except (ValueError, NotImplementedError) as error:
+        problems.append(str(error))
+    else:
+        layout = structure.layout(pair, 1)
+        problem = subsampling_problem(pair, layout)
+        problems += [problem] if problem else []
+        messages += structure.messages
+    messages += _scale_warnings(pair, layout)
+    return Preflight(
+        sites=tuple(_sites(pair)),
+        plates=tuple(_plates(pair, layout, structure)),
+        problems=tuple(problems),
+        warnings=tuple(messages),
+    )
+
+
+def _sites(pair: Pair) -> Iterator[SiteReport]:
+    found: dict[str, dict[str, Site]] = {}
+    for role, name, site in pair.sites():
+        found.setdefault(name, {})[role] = site
+    for name, by_role in found.items():
+        site = by_role.get("model") or by_role["guide"]
+        drawn = by_role.get("guide")
+        yield SiteReport(
+            name=name,
+            where="both" if len(by_role) == 2 else next(iter(by_role)),
+            role=_role(site),
+            plates=tuple(f.name for f in site["cond_indep_stack"]),
+            reparameterized=None if drawn is None or drawn["is_observed"] else bool(drawn["fn"].has_rsample),
+            enumerated=any(bool(s["infer"].get("enumerate")) for s in by_role.values()),
+            auxiliary=bool(drawn is not None and drawn["infer"].get("is_auxiliary")),
+            scale=_printable(own_scale(site)),
+        )
+
+
+def _role(site: Site) -> str:
+    if site["infer"].get("_deterministic"):
+        return "deterministic"
+    if site_is_factor(site):
+        return "factor"
+    return "observed" if site["is_observed"] else "latent"
+
+
+def _printable(scale: Scale) -> float | str:
+    if isinstance(scale, Tensor):
+        return float(scale) if scale.dim() == 0 else "tensor"
+    return scale
+
+
+def _plates(pair: Pair, layout: Layout, structure: Structure | None) -> Iterator[PlateReport]:
+    seen: dict[str, CondIndepStackFrame] = {}
+    for _, _, site in pair.sites():
+        for frame in site["cond_indep_stack"]:
+            seen.setdefault(frame.name, frame)
+    mixed: Mapping[str, str] = {} if structure is None else structure.mixed
+    for name, frame in seen.items():
+        independent = any(_is_plate(p.name, p.dim, p.size, frame) for p in layout.plates)
+        fault, advice = (None, "") if independent else _fault(pair, frame, mixed)
+        full_size = frame.size if frame.full_size is None else frame.full_size
+        yield PlateReport(name, frame.size, full_size, independent, fault, advice)
+
+
+def _is_plate(name: str, dim: int | None, size: int, frame: CondIndepStackFrame) -> bool:
+    """Whether the frame is of this independent plate: by name if sequential, else by dimension and size."""
+    return frame.name == name if dim is None else (frame.dim, frame.size) in ((dim, size), (dim, -1))
+
+
+def _fault(pair: Pair, frame: CondIndepStackFrame, mixed: Mapping[str, str]) -> tuple[str | None, str]:
+    """The site that keeps a plate from being independent, and what to write instead."""
+    if frame.name in mixed:
+        return mixed[frame.name], (
+            "It mixes the plate's elements (a flip, a mean, BatchNorm, an in-place sum over them). The whole plate gets "
+            "one weight, which is right and needs many more particles; keep the elements apart to have one for each"
+        )
+    for trace in (pair.guide, pair.model):
+        for name, site in latent_sites(trace):
+            if not any(_is_plate(f.name, f.dim, f.size, frame) for f in site["cond_indep_stack"]):
+                advice = "That latent lies outside the plate, so that one weight serves all elements"
+                if site["infer"].get("is_auxiliary"):
+                    advice += "; a guide that factorises over the plate (AutoNormal) would leave it independent"
+                return name, advice + "; use more particles, or a model without that latent"
+    return None, "It could not be looked at, because of the error above"
+
+
+def _scale_warnings(pair: Pair, layout: Layout) -> list[str]:
+    """A scale on some of the weighed sites only tempers the weights."""
+    if outer_scale(pair, layout) is not None:
+        return []
+    warnings = []
+    for _, name, site in pair.sites():
+        scale = own_scale(site)
+        if site["is_observed"] and not is_zero(site) and not same_scale(scale, 1.0):
+            large = _printable(scale)
+            if isinstance(large, str) or large > 1.0 or not math.isfinite(large):
+                warnings.append(
+                    f"poutine.scale of {large} at observed site '{name}', but not everywhere, acts inside the weights: "
+                    "the bound overshoots the evidence for more than one particle. For minibatches write "
+                    "pyro.plate(..., subsample_size=B), which stays outside"
+                )
+            else:
+                warnings.append(
+                    f"poutine.scale of {large} at observed site '{name}', but not everywhere, tempers the weights: they "
+                    "are no evidence"
+                )
+    return warnings
