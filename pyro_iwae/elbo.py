@@ -17,11 +17,12 @@ from pyro.util import get_rng_state, set_rng_state
 from torch import Tensor
 
 from pyro_iwae.gradients import VIMCO, Gradient, Pathwise
-from pyro_iwae.inspection import StructureCache
 from pyro_iwae.logweights import LogWeights
 from pyro_iwae.plates import latent_sites, nesting
-from pyro_iwae.traces import fill_densities, impossible_sites, outer_scale, run_pair, terms_of
-from pyro_iwae.weighing import Particles, weigh_particles
+from pyro_iwae.structure import StructureCache
+from pyro_iwae.terms import outer_scale, terms_of
+from pyro_iwae.traces import fill_densities, run_pair
+from pyro_iwae.weighing import Particles, impossible_sites, weigh_particles
 
 __all__ = ["ImportanceWeightedELBO"]
 

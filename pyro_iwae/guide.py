@@ -22,11 +22,12 @@ from pyro.poutine.lift_messenger import LiftMessenger
 from pyro.poutine.messenger import block_messengers
 from torch import Tensor
 
+from pyro_iwae.density import elbo_bracket, log_density
 from pyro_iwae.elbo import as_count, require_callables
 from pyro_iwae.emission import Boundary, Emission, Selection
 from pyro_iwae.expectation import weighted_mean
 from pyro_iwae.gradients import VIMCO, Pathwise
-from pyro_iwae.inspection import Structure, StructureCache, unchanged_state
+from pyro_iwae.inspection import unchanged_state
 from pyro_iwae.logweights import LogWeights
 from pyro_iwae.particles import (
     EnclosingPlates,
@@ -39,7 +40,8 @@ from pyro_iwae.particles import (
 )
 from pyro_iwae.plates import Layout, Site, latent_sites
 from pyro_iwae.resampling import multinomial
-from pyro_iwae.traces import joint_log_density, model_log_density
+from pyro_iwae.structure import Structure, StructureCache
+from pyro_iwae.terms import joint_log_density, model_log_density
 from pyro_iwae.unconstrain import auxiliary_values
 from pyro_iwae.weighing import Particles, weigh_particles
 
@@ -346,8 +348,7 @@ class ImportanceResampledGuide(torch.nn.Module):
             sums = torch.stack(
                 [self._companions(args, kwargs, at.minibatch)[1:].logsumexp(0) for _ in range(num_batches)]
             )
-            inverse = -torch.logaddexp(at.weights.log_weights.unsqueeze(1), sums)
-            return log_p + math.log(self.num_particles / num_batches) + inverse.logsumexp(1)
+            return log_density(log_p, at.weights.log_weights, sums, num_particles=self.num_particles)
 
     def elbo_interval(self, *args: Any, num_batches: int = 32, num_replicates: int = 16, **kwargs: Any) -> ElboInterval:
         """Lower and upper bound on ELBO[q_EW], which is never below the importance weighted bound.
@@ -380,16 +381,7 @@ class ImportanceResampledGuide(torch.nn.Module):
         first = self._particles(args, kwargs, (), self.num_particles)
         _refuse_tempered(first.weights, "elbo_interval")
         rest = [self._companions(args, kwargs, first.minibatch) for _ in range(num_batches)]
-        batches = torch.stack([first.weights.log_weights, *rest])  # (batches, particles, *plates)
-        index = torch.stack([multinomial(b) for b in batches])
-        own = batches.gather(1, index.unsqueeze(1)).squeeze(1)
-        with_own = -batches.logsumexp(1)
-        fresh = -torch.logaddexp(own.unsqueeze(1), batches[:, 1:].logsumexp(1).unsqueeze(0))  # draw, batch
-        same = torch.eye(len(batches), dtype=torch.bool, device=own.device)
-        fresh = fresh.masked_fill(same.reshape(same.shape + (1,) * (fresh.dim() - 2)), -math.inf)
-        upper = math.log(num_batches / self.num_particles) - fresh.logsumexp(1)
-        lower = math.log((num_batches + 1) / self.num_particles) - torch.logaddexp(with_own, fresh.logsumexp(1))
-        return torch.stack([lower.mean(0), upper.mean(0)])
+        return elbo_bracket(torch.stack([first.weights.log_weights, *rest]))
 
     def _companions(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], minibatch: Minibatch) -> Tensor:
         return self._particles(args, kwargs, (), self.num_particles, minibatch=minibatch).weights.log_weights
@@ -438,7 +430,8 @@ def _require_enclosing(layout: Layout, enclosing: Sequence[CondIndepStackFrame])
         if frame.size > 1 and frame.dim not in layout.dims:
             raise ValueError(
                 f"expected model and guide to treat the elements of the enclosing plate '{frame.name}' (dim={frame.dim}) apart"
-                ", got sites that mix them: draws would not be independent. Count dimensions from the right "
+                ", got sites that mix them: draws would not be "
+                "independent. Count dimensions from the right "
                 "(dim=-1), or draw one by one: Predictive(..., parallel=False), vectorize_particles=False"
             )
 

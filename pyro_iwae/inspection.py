@@ -13,10 +13,8 @@ only if no term changes at an element whose own latents stayed.
 from __future__ import annotations
 
 import math
-import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from typing import Any
 
 import pyro
@@ -37,111 +35,13 @@ from pyro_iwae.particles import (
     stacked_latents,
 )
 from pyro_iwae.plates import IndependentPlate, Layout, Site, candidates, latent_sites, nesting, sample_sites, signature
-from pyro_iwae.traces import Pair, Term, outer_scale, terms_of
+from pyro_iwae.structure import Structure, plate_key
+from pyro_iwae.terms import Term, outer_scale, terms_of
+from pyro_iwae.traces import Pair
 
-__all__ = ["Structure", "StructureCache", "inspect", "unchanged_state"]
+__all__ = ["inspect", "unchanged_state"]
 
 CHECK_PARTICLES = 8  # in a vectorised check; a sequential one makes do with two
-MOST_ATTEMPTS = 4  # for discrete latents that happen to be the same in all particles of a check
-
-
-@dataclass(frozen=True)
-class Structure:
-    """The verdict on a model and guide.
-
-    Attributes:
-        run: how particles are run.
-        signature: the sites and plates for which the verdict holds.
-        independent: keys of the independent plates: the dimension of a vectorised one, the name of a sequential one.
-        mixed: for each plate that contains every latent but is not independent, the site that prevents it.
-        batch_dims: batch dimensions of each latent's value in a run without particles.
-        conclusive: False where the particles of the check were all alike, so that it could see nothing.
-        attempts: inspections so far of these sites and plates.
-        numbers: how many numbers the values in one run's traces hold, a measure of its memory.
-        messages: what to warn of, once.
-        probe: traces of one run without particles.
-    """
-
-    run: Run
-    signature: tuple[Any, ...]
-    independent: frozenset[int | str] = frozenset()
-    mixed: Mapping[str, str] = field(default_factory=dict)
-    batch_dims: Mapping[str, int] = field(default_factory=dict)
-    conclusive: bool = True
-    attempts: int = 1
-    numbers: int = 0
-    messages: tuple[str, ...] = ()
-    probe: Pair | None = None
-
-    @property
-    def settled(self) -> bool:
-        """Whether to go by this verdict, or to look again at the next call."""
-        return self.conclusive or self.attempts >= MOST_ATTEMPTS
-
-    def layout(self, pair: Pair, num_particles: int) -> Layout:
-        """Where the columns lie in these traces."""
-        found = candidates(pair.model, pair.guide, self.run.particle_dim(num_particles))
-        return found.keeping(p for p in found.plates if _key(p) in self.independent)
-
-    def signature_of(self, pair: Pair, num_particles: int) -> tuple[Any, ...]:
-        """The sites and plates of these traces, to compare with those of the verdict."""
-        return signature(pair.model, pair.guide, self.run.particle_dim(num_particles))
-
-    def describes(self, pair: Pair, num_particles: int) -> bool:
-        """Whether sites and plates are those of the verdict."""
-        return self.signature_of(pair, num_particles) == self.signature
-
-
-def _key(plate: IndependentPlate) -> int | str:
-    return plate.name if plate.dim is None else plate.dim
-
-
-class StructureCache:
-    """Verdicts by model and guide, held no longer than these; forgotten in copies and pickles."""
-
-    def __init__(self) -> None:
-        self._verdicts: dict[Any, dict[tuple[Any, ...], Structure]] = {}
-        self._latest: dict[Any, Structure] = {}
-
-    def __reduce__(self) -> tuple[type[StructureCache], tuple[()]]:
-        return StructureCache, ()
-
-    def key(self, *parts: Any) -> tuple[Any, ...]:
-        """A key that keeps none of the callables alive and forgets its verdicts when one of them dies."""
-        return tuple(self._reference(p) if callable(p) else p for p in parts)
-
-    def _reference(self, fn: Callable[..., Any]) -> Any:
-        # A bound method is a new object at each access, dead at once; WeakMethod follows the object behind it.
-        kind: Any = weakref.WeakMethod if hasattr(fn, "__self__") and hasattr(fn, "__func__") else weakref.ref
-        owner = weakref.ref(self)
-
-        def forget(dead: Any) -> None:
-            cache = owner()
-            if cache is not None:
-                for key in [k for k in cache._latest if dead in k]:
-                    cache._latest.pop(key, None)
-                    cache._verdicts.pop(key, None)
-
-        try:
-            return kind(fn, forget)
-        except TypeError:  # not weakly referable: a strong key is right too
-            return fn
-
-    def latest(self, key: tuple[Any, ...]) -> Structure | None:
-        """The verdict last used for this key."""
-        return self._latest.get(key)
-
-    def find(self, key: tuple[Any, ...], signature: tuple[Any, ...]) -> Structure | None:
-        """The verdict for these sites and plates."""
-        return self._verdicts.get(key, {}).get(signature)
-
-    def store(self, key: tuple[Any, ...], structure: Structure) -> None:
-        """Keeps a verdict and makes it the latest."""
-        known = self._verdicts.setdefault(key, {})
-        if len(known) >= 64:  # a model that never looks the same twice
-            known.clear()
-        known[structure.signature] = structure
-        self._latest[key] = structure
 
 
 @contextmanager
@@ -314,13 +214,13 @@ class _Inspection:
         if not found.plates:
             return frozenset(), {}, True
         if not any(True for t in (probe.model, probe.guide) for _ in latent_sites(t)):
-            return frozenset(_key(p) for p in found.plates), {}, True
+            return frozenset(plate_key(p) for p in found.plates), {}, True
         count = CHECK_PARTICLES if run.vectorized else 2
         pairs = self.particles(count, run)
         layout = candidates(pairs[0].model, pairs[0].guide, run.particle_dim(count))
         fault, conclusive = self._mixing_fault(pairs, layout, run, count)
         if fault is None:
-            return frozenset(_key(p) for p in layout.plates), {}, conclusive
+            return frozenset(plate_key(p) for p in layout.plates), {}, conclusive
         kept: tuple[IndependentPlate, ...] = ()
         mixed = {}
         for plate in layout.plates:
@@ -329,7 +229,7 @@ class _Inspection:
                 kept = (*kept, plate)
             else:
                 mixed[plate.name] = fault
-        return frozenset(_key(p) for p in kept), mixed, True
+        return frozenset(plate_key(p) for p in kept), mixed, True
 
     def _mixing_fault(self, pairs: list[Pair], layout: Layout, run: Run, count: int) -> tuple[str | None, bool]:
         """The site that mixes elements, if any; and whether the particles differed enough to tell.

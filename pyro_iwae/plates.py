@@ -41,7 +41,7 @@ def latent_sites(trace: Trace) -> Iterator[tuple[str, Site]]:
 
 def nesting(traces: Iterable[Trace]) -> int:
     """How many dimensions the vectorised plates of these traces take."""
-    dims = [f.dim for t in traces for _, s in sample_sites(t) for f in s["cond_indep_stack"] if f.vectorized]
+    dims = [f.dim for t in traces for _, s in sample_sites(t) for f in s["cond_indep_stack"] if f.dim is not None]
     return -min(dims, default=0)
 
 

@@ -16,9 +16,12 @@ from pyro.poutine.util import site_is_factor
 from torch import Tensor
 
 from pyro_iwae.elbo import require_callables
-from pyro_iwae.inspection import Structure, inspect, unchanged_state
+from pyro_iwae.inspection import inspect, unchanged_state
 from pyro_iwae.plates import Layout, Scale, Site, latent_sites, own_scale, same_scale
-from pyro_iwae.traces import Pair, is_zero, outer_scale, run_pair, subsampling_problem
+from pyro_iwae.structure import Structure
+from pyro_iwae.terms import is_zero, outer_scale
+from pyro_iwae.traces import Pair, run_pair
+from pyro_iwae.weighing import subsampling_problem
 
 __all__ = ["PlateReport", "Preflight", "SiteReport", "preflight"]
 
@@ -230,8 +233,8 @@ def _fault(pair: Pair, frame: CondIndepStackFrame, mixed: Mapping[str, str]) -> 
     """The site that keeps a plate from being independent, and what to write instead."""
     if frame.name in mixed:
         return mixed[frame.name], (
-            "It mixes the plate's elements (a flip, a mean, BatchNorm, an in-place sum over them). The whole plate gets "
-            "one weight, which is right and needs many more particles; keep the elements apart to have one for each"
+            "It mixes the plate's elements (a flip, a mean, BatchNorm, an in-place sum over them). The whole plate "
+            "gets one weight, which is right and needs many more particles; keep the elements apart to have one for each"
         )
     for trace in (pair.guide, pair.model):
         for name, site in latent_sites(trace):
@@ -260,7 +263,7 @@ def _scale_warnings(pair: Pair, layout: Layout) -> list[str]:
                 )
             else:
                 warnings.append(
-                    f"poutine.scale of {large} at observed site '{name}', but not everywhere, tempers the weights: they "
-                    "are no evidence"
+                    f"poutine.scale of {large} at observed site '{name}', but not everywhere, tempers the weights: "
+                    "they are no evidence"
                 )
     return warnings

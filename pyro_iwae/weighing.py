@@ -1,27 +1,32 @@
 # Copyright Contributors to the pyro_iwae project.
 # SPDX-License-Identifier: Apache-2.0
 
-"""K particles of a model and guide, run as the verdict on these two says, and weighed.
+"""K particles of a model and guide, run as the verdict on these two says, and weighed: the only maker of log weights.
 
 Loss, gradient, resampling and reports all begin here.
 """
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from pyro.poutine.indep_messenger import CondIndepStackFrame
+from torch import Tensor
 
-from pyro_iwae.inspection import Structure, StructureCache, inspect
+from pyro_iwae.inspection import inspect
 from pyro_iwae.logweights import LogWeights
 from pyro_iwae.particles import Minibatch, run_particles
-from pyro_iwae.plates import Layout, latent_sites
-from pyro_iwae.traces import Pair, weigh
+from pyro_iwae.plates import Layout, is_subsampled, latent_sites, own_scale, same_scale
+from pyro_iwae.structure import Structure, StructureCache
+from pyro_iwae.terms import Term, outer_scale, sum_columns, terms_of, weighed_sites
+from pyro_iwae.traces import Pair, nan_message
 
-__all__ = ["Particles", "weigh_particles"]
+__all__ = ["Particles", "subsampling_problem", "weigh", "weigh_particles"]
 
 
 @dataclass(frozen=True)
@@ -142,3 +147,113 @@ def _announce(structure: Structure, num_particles: int, of_enumeration: bool, kn
     for message in messages:
         if known is None or message not in known.messages:
             warnings.warn(message, UserWarning, stacklevel=4)
+
+
+def weigh(pairs: Sequence[Pair], layout: Layout, num_particles: int) -> LogWeights:
+    """Makes the log weights of K particles from one vectorised run or K sequential ones.
+
+    Raises:
+        ValueError: where a weight is NaN or +inf, or where a subsampled plate forbids more than one particle.
+    """
+    require_full_plates(pairs[0], layout, num_particles)
+    common = outer_scale(pairs[0], layout)
+    tables = [terms_of(pair, layout, common) for pair in pairs]
+    blocks = [sum_columns([t for t in table if t.element is not None], layout) for table in tables]
+    shape = (num_particles, *(p.size for p in layout.plates))
+
+    def joined(parts: Sequence[Tensor | None]) -> Tensor | None:
+        known = [p for p in parts if p is not None]
+        if not known:
+            return None
+        filled = [torch.zeros_like(known[0]) if p is None else p for p in parts]
+        return (torch.cat(filled) if len(filled) > 1 else filled[0]).expand(shape)
+
+    log_weights, score, score_log_q = (joined([b[i] for b in blocks]) for i in range(3))
+    if log_weights is None:  # a model and guide without any site
+        log_weights = torch.zeros(shape)
+    weights = LogWeights(
+        log_weights,
+        plates=tuple(p.name for p in layout.plates),
+        scale=layout.scale * (1.0 if common is None else common),
+        constant=_constants(tables),
+        tempered=common is None and any(not same_scale(own_scale(s), 1.0) for s in weighed_sites(pairs[0], layout)),
+        score=score,
+        score_log_q=score_log_q,
+    )
+    if not bool(weights.log_weights.isfinite().all()):
+        _explain_infinite(weights, tables)
+    return weights
+
+
+def require_full_plates(pair: Pair, layout: Layout, num_particles: int) -> None:
+    """Raises where a subsampled plate is not independent and particles would go inside its scale."""
+    problem = subsampling_problem(pair, layout) if num_particles > 1 else None
+    if problem is not None:
+        raise ValueError(problem)
+
+
+def subsampling_problem(pair: Pair, layout: Layout) -> str | None:
+    """What is wrong, and what to write instead, for a subsampled plate below a latent; None if nothing is."""
+    latents = [s for t in (pair.model, pair.guide) for _, s in latent_sites(t)]
+    if not latents:
+        return None
+    for site in weighed_sites(pair, layout):
+        for frame in layout.outer_frames(site):
+            if not is_subsampled(frame):
+                continue
+            owns = any(f.name == frame.name for s in latents for f in s["cond_indep_stack"])
+            remedy = "write num_particles=1, or give it the full data (no subsample_size)"
+            if owns:
+                remedy += (
+                    f"; num_particles=1, plate_particles={{'{frame.name}': K}} (from version 0.2 on) will give the "
+                    "latents of the plate particles of their own"
+                )
+            return (
+                f"plate '{frame.name}' (site '{site['name']}') shows {frame.size} of its {frame.full_size} elements and "
+                "is not independent: latents outside it, or a site that mixes its elements, tie them together. With more "
+                f"than one particle its scale would sit inside the logarithm and the loss would be no bound; {remedy}"
+            )
+    return None
+
+
+def _constants(tables: Sequence[Sequence[Term]]) -> dict[tuple[str, ...], Tensor]:
+    """Constants by plate: scaled, averaged over particles (equal for all, but for a model's own randomness)."""
+    constants: dict[tuple[str, ...], Tensor] = {}
+    for table in tables:
+        for term in table:
+            if term.element is None:
+                value = term.value.mean(0) / len(tables)
+                constants[term.plates] = constants[term.plates] + value if term.plates in constants else value
+    for plates, value in constants.items():
+        if not bool((value < math.inf).all()):
+            names = sorted({t.name for t in tables[0] if t.element is None and t.plates == plates})
+            raise ValueError(f"log density is NaN or +inf at one of the sites {names}; look at the data and parameters")
+    return constants
+
+
+def _explain_infinite(weights: LogWeights, tables: Sequence[Sequence[Term]]) -> None:
+    """Raises on NaN and +inf with the site's name; warns where every particle of an element is impossible."""
+    terms = [t for table in tables for t in table]
+    for term in terms:
+        if bool(term.value.isnan().any()):
+            raise ValueError(nan_message(term.role, term.name))
+    for term in terms:
+        if bool((term.value == math.inf).any()):
+            sign = "+inf" if term.role == "model" else "-inf at its own draw"
+            raise ValueError(f"log density is {sign} at {term.role} site '{term.name}'; a weight cannot be infinite")
+    if bool(weights.log_weights.isnan().any()):
+        raise ValueError("log weights are NaN although no site's log density is; look for overflow in the model")
+    impossible = (weights.log_weights == -math.inf).all(0)
+    if bool(impossible.any()):
+        names = sorted(impossible_sites(tables))
+        warnings.warn(
+            f"all {weights.num_particles} particles are impossible (log weight -inf) for {int(impossible.sum())} of "
+            f"{impossible.numel()} independent elements, through site {', '.join(map(repr, names))}; the bound is -inf "
+            "there and its gradient 0. Let the guide reach values that the model allows, or use more particles",
+            stacklevel=2,
+        )
+
+
+def impossible_sites(tables: Sequence[Sequence[Term]]) -> set[str]:
+    """Names of the sites with a log density of -inf."""
+    return {t.name for table in tables for t in table if bool((t.value == -math.inf).any())}

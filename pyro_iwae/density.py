@@ -1,0 +1,68 @@
+# Copyright Contributors to the pyro_iwae project.
+# SPDX-License-Identifier: Apache-2.0
+
+"""Density of q_EW and bounds on its ELBO, from log weights alone."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from pyro_iwae.resampling import multinomial
+
+__all__ = ["elbo_bracket", "log_density"]
+
+
+def log_density(
+    log_p: Float[Tensor, draws * plates],
+    log_weights: Float[Tensor, draws * plates],
+    companions: Float[Tensor, batches * plates],
+    *,
+    num_particles: int,
+) -> Float[Tensor, draws * plates]:
+    """log p(x, z) + log K - log M + logsumexp_m( -log(w(z) + S_m) ): unbiased for the density itself.
+
+    Args:
+        log_p: log p(x, z) at the draws.
+        log_weights: log w at the draws.
+        companions: log S_m, the log-sum-exp of K - 1 fresh log weights in each of M batches.
+        num_particles: K.
+
+    Returns:
+        Estimate of log q_EW at each draw, in nats.
+
+    Example::
+
+        >>> log_density(torch.zeros(1), torch.zeros(1), torch.full((3,), -torch.inf), num_particles=1)  # K = 1 is q
+        tensor([0.])
+    """
+    inverse = -torch.logaddexp(log_weights.unsqueeze(1), companions.unsqueeze(0))
+    return log_p + math.log(num_particles / companions.shape[0]) + inverse.logsumexp(1)
+
+
+def elbo_bracket(batches: Float[Tensor, "batches particles *plates"]) -> Float[Tensor, 2 * plates]:
+    """Lower and upper bound on ELBO[q_EW] from M + 1 independent batches of K log weights.
+
+    Each batch gives a draw with its own companions' sum S_0, and K - 1 fresh companions (its first particle left out,
+    whichever was drawn) for the draws of the other batches. Over draws, the mean of
+    -log( K/(M+1) sum_{m=0..M} 1/(w + S_m) ) is a lower bound in expectation, that without m = 0 an upper one.
+
+    Args:
+        batches: log weights, in nats.
+
+    Returns:
+        Both bounds, stacked.
+    """
+    num_batches, num_particles = batches.shape[0] - 1, batches.shape[1]
+    index = torch.stack([multinomial(b) for b in batches])
+    drawn = batches.gather(1, index.unsqueeze(1)).squeeze(1)
+    with_own = -batches.logsumexp(1)
+    fresh = -torch.logaddexp(drawn.unsqueeze(1), batches[:, 1:].logsumexp(1).unsqueeze(0))  # (draw, batch, *plates)
+    same = torch.eye(len(batches), dtype=torch.bool, device=batches.device)
+    fresh = fresh.masked_fill(same.reshape(same.shape + (1,) * (fresh.dim() - 2)), -math.inf).logsumexp(1)
+    upper = math.log(num_batches / num_particles) - fresh
+    lower = math.log((num_batches + 1) / num_particles) - torch.logaddexp(with_own, fresh)
+    return torch.stack([lower.mean(0), upper.mean(0)])

@@ -1,0 +1,118 @@
+# Copyright Contributors to the pyro_iwae project.
+# SPDX-License-Identifier: Apache-2.0
+
+"""The verdict on a model and guide, and where verdicts are kept."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from pyro_iwae.particles import Run
+from pyro_iwae.plates import IndependentPlate, Layout, candidates, signature
+from pyro_iwae.traces import Pair
+
+__all__ = ["Structure", "StructureCache", "plate_key"]
+
+MOST_ATTEMPTS = 4  # for discrete latents that happen to be the same in all particles of a check
+
+
+@dataclass(frozen=True)
+class Structure:
+    """The verdict on a model and guide.
+
+    Attributes:
+        run: how particles are run.
+        signature: the sites and plates for which the verdict holds.
+        independent: keys of the independent plates: the dimension of a vectorised one, the name of a sequential one.
+        mixed: for each plate that contains every latent but is not independent, the site that prevents it.
+        batch_dims: batch dimensions of each latent's value in a run without particles.
+        conclusive: False where the particles of the check were all alike, so that it could see nothing.
+        attempts: inspections so far of these sites and plates.
+        numbers: how many numbers the values in one run's traces hold, a measure of its memory.
+        messages: what to warn of, once.
+        probe: traces of one run without particles.
+    """
+
+    run: Run
+    signature: tuple[Any, ...]
+    independent: frozenset[int | str] = frozenset()
+    mixed: Mapping[str, str] = field(default_factory=dict)
+    batch_dims: Mapping[str, int] = field(default_factory=dict)
+    conclusive: bool = True
+    attempts: int = 1
+    numbers: int = 0
+    messages: tuple[str, ...] = ()
+    probe: Pair | None = None
+
+    @property
+    def settled(self) -> bool:
+        """Whether to go by this verdict, or to look again at the next call."""
+        return self.conclusive or self.attempts >= MOST_ATTEMPTS
+
+    def layout(self, pair: Pair, num_particles: int) -> Layout:
+        """Where the columns lie in these traces."""
+        found = candidates(pair.model, pair.guide, self.run.particle_dim(num_particles))
+        return found.keeping(p for p in found.plates if plate_key(p) in self.independent)
+
+    def signature_of(self, pair: Pair, num_particles: int) -> tuple[Any, ...]:
+        """The sites and plates of these traces, to compare with those of the verdict."""
+        return signature(pair.model, pair.guide, self.run.particle_dim(num_particles))
+
+    def describes(self, pair: Pair, num_particles: int) -> bool:
+        """Whether sites and plates are those of the verdict."""
+        return self.signature_of(pair, num_particles) == self.signature
+
+
+def plate_key(plate: IndependentPlate) -> int | str:
+    return plate.name if plate.dim is None else plate.dim
+
+
+class StructureCache:
+    """Verdicts by model and guide, held no longer than these; forgotten in copies and pickles."""
+
+    def __init__(self) -> None:
+        self._verdicts: dict[Any, dict[tuple[Any, ...], Structure]] = {}
+        self._latest: dict[Any, Structure] = {}
+
+    def __reduce__(self) -> tuple[type[StructureCache], tuple[()]]:
+        return StructureCache, ()
+
+    def key(self, *parts: Any) -> tuple[Any, ...]:
+        """A key that keeps none of the callables alive and forgets its verdicts when one of them dies."""
+        return tuple(self._reference(p) if callable(p) else p for p in parts)
+
+    def _reference(self, fn: Callable[..., Any]) -> Any:
+        # A bound method is a new object at each access, dead at once; WeakMethod follows the object behind it.
+        kind: Any = weakref.WeakMethod if hasattr(fn, "__self__") and hasattr(fn, "__func__") else weakref.ref
+        owner = weakref.ref(self)
+
+        def forget(dead: Any) -> None:
+            cache = owner()
+            if cache is not None:
+                for key in [k for k in cache._latest if dead in k]:
+                    cache._latest.pop(key, None)
+                    cache._verdicts.pop(key, None)
+
+        try:
+            return kind(fn, forget)
+        except TypeError:  # not weakly referable: a strong key is right too
+            return fn
+
+    def latest(self, key: tuple[Any, ...]) -> Structure | None:
+        """The verdict last used for this key."""
+        return self._latest.get(key)
+
+    def find(self, key: tuple[Any, ...], signature: tuple[Any, ...]) -> Structure | None:
+        """The verdict for these sites and plates."""
+        return self._verdicts.get(key, {}).get(signature)
+
+    def store(self, key: tuple[Any, ...], structure: Structure) -> None:
+        """Keeps a verdict and makes it the latest."""
+        known = self._verdicts.setdefault(key, {})
+        if len(known) >= 64:  # a model that never looks the same twice
+            known.clear()
+        known[structure.signature] = structure
+        self._latest[key] = structure
