@@ -35,6 +35,7 @@ from pyro_iwae.particles import (
     enclosing_frames,
     select,
     settable,
+    spread_value,
     stacked_latents,
     unchanged_enumeration,
 )
@@ -252,16 +253,18 @@ class ImportanceResampledGuide(torch.nn.Module):
     ) -> tuple[Particles, Tensor]:
         """Weights and log p(x, z), or log p(x, z, c), at given draws, each ``(draws, *site shape)``."""
         count = next(iter(draws.values())).shape[0]
-        structure = self._particles(args, kwargs, enclosing, 1, minibatch=minibatch).structure
+        first = self._particles(args, kwargs, enclosing, 1, minibatch=minibatch)
+        sites = {n: s for n, s in latent_sites(first.pairs[0].guide) if settable(s)}
         known = {**draws, **auxiliary_values(self.guide, draws)}
-        spread = {n: _spread(v, n, structure, count) for n, v in known.items()}
-        at = self._particles(args, kwargs, enclosing, count, values=spread, minibatch=minibatch)
-        missing = [n for n, s in latent_sites(at.pairs[0].guide) if n not in spread and settable(s)]
+        missing = sorted(sites.keys() - known.keys())
         if missing:
             raise NotImplementedError(
                 f"expected values for every latent of the guide, got none for {missing}; {type(self.guide).__name__} "
                 "draws these beside the model's latents, so that its density at given latents is not known"
             )
+        values = {n: _as_run(known[n], s, first.structure, enclosing, count) for n, s in sites.items()}
+        at = self._particles(args, kwargs, enclosing, count, values=values, minibatch=minibatch)
+        _require_reached(draws, at)
         log_p = torch.cat([model_log_density(p, at.layout) for p in at.pairs]).expand(at.weights.log_weights.shape)
         return at, log_p
 
@@ -429,7 +432,7 @@ def _require_enclosing(layout: Layout, enclosing: Sequence[CondIndepStackFrame])
     for frame in enclosing:
         if frame.size > 1 and frame.dim not in layout.dims:
             raise ValueError(
-                f"expected model and guide to treat the elements of the enclosing plate '{frame.name}' (dim={frame.dim}) apart"
+                f"expected model and guide to treat the elements of plate '{frame.name}' (dim={frame.dim}) apart"
                 ", got sites that mix them: draws would not be "
                 "independent. Count dimensions from the right "
                 "(dim=-1), or draw one by one: Predictive(..., parallel=False), vectorize_particles=False"
@@ -448,11 +451,26 @@ def _same(a: Tensor, b: Tensor) -> bool:
     return a is b or (a.shape == b.shape and bool((a == b).all()))
 
 
-def _spread(value: Tensor, name: str, structure: Structure, count: int) -> Tensor:
-    """Draws as a run of that many particles wants them."""
-    if count == 1 or not structure.run.vectorized or name not in structure.batch_dims:
-        return value
-    return value.reshape(value.shape[:1] + (1,) * (structure.run.depth - structure.batch_dims[name]) + value.shape[1:])
+def _as_run(
+    value: Tensor, site: Site, structure: Structure, enclosing: Sequence[CondIndepStackFrame], count: int
+) -> Tensor:
+    """Values at given draws, ``(draws, *site shape)``, as a run of that many particles wants them."""
+    event_shape, batch_dims = site["fn"].event_shape, structure.batch_dims[site["name"]]
+    if value.dim() - 1 - len(event_shape) != batch_dims:  # a joint guide's one latent
+        sizes = {f.dim: f.size for f in enclosing}
+        value = value.reshape(count, *(sizes.get(d, 1) for d in range(-batch_dims, 0)), *event_shape)
+    return spread_value(value, site, structure.run) if count > 1 else value
+
+
+def _require_reached(draws: Mapping[str, Tensor], at: Particles) -> None:
+    """Raises where the guide cannot draw what it was asked about: a point estimate elsewhere."""
+    values, _ = _latents(at)
+    for name, value in draws.items():
+        if name in values and not torch.allclose(values[name].to(value), value, rtol=1e-3, atol=1e-5):
+            raise ValueError(
+                f"expected values that the guide can draw, got others at site '{name}', which the guide sets to a "
+                "value of its own (a Delta): its density there is 0"
+            )
 
 
 def _strip(value: Tensor, name: str, structure: Structure) -> Tensor:

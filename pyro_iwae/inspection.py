@@ -41,7 +41,7 @@ from pyro_iwae.traces import Pair
 
 __all__ = ["inspect", "unchanged_state"]
 
-CHECK_PARTICLES = 8  # in a vectorised check; a sequential one makes do with two
+CHECK_PARTICLES = 8  # in a vectorised check; the mixing check of sequential runs makes do with two
 
 
 @contextmanager
@@ -184,26 +184,25 @@ class _Inspection:
 
     def _vectorization_fault(self, pairs: list[Pair], wide: Run, narrow: Run) -> str | None:
         """The site that is not the same in both ways of running, if any; None also where two like runs differ."""
-        values = self._values(pairs, wide, CHECK_PARTICLES)
-        last = {n: v[-1:] for n, v in values.items()}
-        total = Layout((), wide.particle_dim(CHECK_PARTICLES))
-        together, alone = _tables(pairs, total), self._replay(pairs, last, narrow, 1, Layout())
+        count, total = CHECK_PARTICLES, Layout((), wide.particle_dim(CHECK_PARTICLES))
+        values = self._values(pairs, wide, count)
+        together, alone = _tables(pairs, total), self._replay(pairs, values, narrow, count, Layout())
         together = {k: t for k, t in together.items() if k in alone or k[0] == "model"}
         if together.keys() != alone.keys():
             names = sorted({n for _, n in together.keys() ^ alone.keys()})
             return f"sites {names} appear in only one of a vectorised and a sequential run"
-        faulty = [k for k, t in alone.items() if not _close(t.value, _last(together[k]), loose=True)]
+        faulty = [k for k, t in alone.items() if not _close(t.value, together[k].value, loose=True)]
         if not faulty:
             return None
-        again = self._replay(pairs, last, narrow, 1, Layout())
-        like = self._replay(pairs, values, wide, CHECK_PARTICLES, total)
+        again = self._replay(pairs, values, narrow, count, Layout())
+        like = self._replay(pairs, values, wide, count, total)
         for key in faulty:
-            if _close(alone[key].value, again[key].value) and _close(
-                _last(like[key]), _last(together[key]), loose=True
-            ):
+            if _close(alone[key].value, again[key].value) and _close(like[key].value, together[key].value, loose=True):
+                one, other = torch.broadcast_tensors(together[key].value, alone[key].value)
+                worst = int((one - other).abs().nan_to_num(nan=math.inf).argmax())
                 return (
-                    f"{key[0]} site '{key[1]}' has log density {_last(together[key]).item():.6g} in a vectorised run "
-                    f"and {alone[key].value.item():.6g} in a sequential replay of the same values"
+                    f"{key[0]} site '{key[1]}' has log density {one[worst].item():.6g} in a vectorised run and "
+                    f"{other[worst].item():.6g} in a sequential replay of the same values"
                 )
         return None
 
@@ -253,7 +252,7 @@ class _Inspection:
     ) -> dict[tuple[str, str], Term]:
         """Terms of model and guide at given values of the guide's latents; of the model alone if the guide cannot."""
         sites = dict(latent_sites(pairs[0].guide))
-        spread = {n: spread_value(v, sites[n], run) if count > 1 else v for n, v in values.items()}
+        spread = {n: spread_value(v, sites[n], run) for n, v in values.items()}
         own = {n: v for n, v in spread.items() if settable(sites[n])}
         try:
             return _tables(self.particles(count, run, own), layout)
@@ -284,10 +283,6 @@ def _tables(pairs: Sequence[Pair], layout: Layout) -> dict[tuple[str, str], Term
         for key, term in tables[0].items()
         if all(key in t for t in tables)
     }
-
-
-def _last(term: Term) -> Tensor:
-    return term.value[-1:]
 
 
 def _stand_in(sites: Mapping[str, Site]) -> Callable[..., None]:

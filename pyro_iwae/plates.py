@@ -42,7 +42,7 @@ def latent_sites(trace: Trace) -> Iterator[tuple[str, Site]]:
 def nesting(traces: Iterable[Trace]) -> int:
     """How many dimensions the vectorised plates of these traces take."""
     dims = [f.dim for t in traces for _, s in sample_sites(t) for f in s["cond_indep_stack"] if f.dim is not None]
-    return -min(dims, default=0)
+    return -min(dims) if dims else 0
 
 
 def plate_scale(frame: CondIndepStackFrame) -> float:
@@ -72,7 +72,7 @@ def same_scale(a: Scale, b: Scale) -> bool:
 
 def frame_size(frame: CondIndepStackFrame, site: Site) -> int:
     """Elements that the plate shows; read off the site where the plate was made without a size."""
-    if frame.size > 0 or not frame.vectorized:
+    if frame.size > 0 or frame.dim is None:
         return frame.size
     shape = site["fn"].batch_shape
     return shape[frame.dim] if len(shape) >= -frame.dim else 1

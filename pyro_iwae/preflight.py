@@ -234,7 +234,7 @@ def _fault(pair: Pair, frame: CondIndepStackFrame, mixed: Mapping[str, str]) -> 
     if frame.name in mixed:
         return mixed[frame.name], (
             "It mixes the plate's elements (a flip, a mean, BatchNorm, an in-place sum over them). The whole plate "
-            "gets one weight, which is right and needs many more particles; keep the elements apart to have one for each"
+            "gets one weight, which is right but needs many more particles; keep the elements apart for one weight each"
         )
     for trace in (pair.guide, pair.model):
         for name, site in latent_sites(trace):

@@ -28,7 +28,8 @@ def auxiliary_values(guide: Callable[..., Any], values: Mapping[str, Tensor]) ->
         values: the model's latents by name, each ``(draws, *site shape)``.
 
     Returns:
-        The auxiliary latents by name, each ``(draws, *site shape)``; empty for guides without.
+        The auxiliary latents by name; empty for guides without. Each is ``(draws, *site shape)``, but for the one
+        latent of a joint guide, which is ``(draws, elements of enclosing plates, numbers)``.
     """
     if isinstance(guide, AutoGuideList):
         parts = [auxiliary_values(part, values) for part in guide]
@@ -40,9 +41,9 @@ def auxiliary_values(guide: Callable[..., Any], values: Mapping[str, Tensor]) ->
             if name in values
         }
     if isinstance(guide, AutoContinuous):
-        flat = [
-            biject_to(site["fn"].support).inv(values[name]).flatten(1)
-            for name, site in guide.prototype_trace.iter_stochastic_nodes()
-        ]
+        flat: list[Tensor] = []
+        for name, site in guide.prototype_trace.iter_stochastic_nodes():
+            inverse = biject_to(site["fn"].support).inv
+            flat.append(inverse(values[name]).reshape(len(values[name]), -1, inverse(site["value"]).numel()))
         return {f"_{guide._pyro_name}_latent": torch.cat(flat, -1)}
     return {}

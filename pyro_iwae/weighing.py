@@ -209,8 +209,8 @@ def subsampling_problem(pair: Pair, layout: Layout) -> str | None:
                     "latents of the plate particles of their own"
                 )
             return (
-                f"plate '{frame.name}' (site '{site['name']}') shows {frame.size} of its {frame.full_size} elements and "
-                "is not independent: latents outside it, or a site that mixes its elements, tie them together. With more "
+                f"plate '{frame.name}' (site '{site['name']}') shows {frame.size} of its {frame.full_size} elements, "
+                "and is not independent: latents outside it, or a site that mixes its elements, tie them. With more "
                 f"than one particle its scale would sit inside the logarithm and the loss would be no bound; {remedy}"
             )
     return None
