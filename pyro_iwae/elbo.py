@@ -135,7 +135,6 @@ class ImportanceWeightedELBO(ELBO):
         self.gradient = Pathwise() if gradient is None else gradient
         self.score = VIMCO() if score is None else score
         self._structures = StructureCache()
-        self._enumerated: dict[Any, int] = {}  # nesting of pairs that one particle leaves to TraceEnum_ELBO
 
     def log_weights(self, model: Program, guide: Program, *args: Any, **kwargs: Any) -> LogWeights:
         """Draws K particles and weighs them.
@@ -221,7 +220,7 @@ class ImportanceWeightedELBO(ELBO):
     def _single(self, method: str, model: Program, guide: Program, args: Any, kwargs: Any) -> Any:
         require_callables(model, guide)
         key = self._structures.key(model, guide)
-        depth = self._enumerated.get(key)
+        depth = self._structures.enumerated.get(key)
         if depth is None:
             rng = get_rng_state()
             try:
@@ -229,7 +228,7 @@ class ImportanceWeightedELBO(ELBO):
                 return getattr(single, method)(model, guide, *args, **kwargs)
             except _EnumerationAsked as asked:
                 set_rng_state(rng)
-                depth = self._enumerated[key] = asked.depth
+                depth = self._structures.enumerated[key] = asked.depth
         exact = TraceEnum_ELBO(
             max_plate_nesting=depth if self.max_plate_nesting == math.inf else self.max_plate_nesting,
             retain_graph=self.retain_graph,

@@ -70,7 +70,8 @@ class Emission:
         name = "_importance_density_" + next(iter(self.selection.values), "")
         if name in self.model_trace.nodes:
             raise ValueError(f"expected a model without a site '{name}', which holds this guide's density; rename it")
-        template = next(iter(self.selection.sites.values()), None)
+        inside = (s for _, s in sample_sites(self.model_trace) if self.layout.element(s) is not None)
+        template = next(itertools.chain(self.selection.sites.values(), inside), None)
         frames = [f for p in self.layout.plates if template and (f := p.frame_of(template))]
         dims = dict(zip(self.layout.dims, log_density.shape[len(self.layout.sequential) :], strict=True))
         batch = [dims.get(d, 1) for d in range(min(dims, default=0), 0)]

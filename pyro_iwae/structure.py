@@ -76,6 +76,7 @@ class StructureCache:
     def __init__(self) -> None:
         self._verdicts: dict[Any, dict[tuple[Any, ...], Structure]] = {}
         self._latest: dict[Any, Structure] = {}
+        self.enumerated: dict[Any, int] = {}  # nesting of the pairs that one particle leaves to TraceEnum_ELBO
 
     def __reduce__(self) -> tuple[type[StructureCache], tuple[()]]:
         return StructureCache, ()
@@ -92,9 +93,9 @@ class StructureCache:
         def forget(dead: Any) -> None:
             cache = owner()
             if cache is not None:
-                for key in [k for k in cache._latest if dead in k]:
-                    cache._latest.pop(key, None)
-                    cache._verdicts.pop(key, None)
+                for kept in (cache._latest, cache._verdicts, cache.enumerated):
+                    for key in [k for k in kept if dead in k]:
+                        del kept[key]
 
         try:
             return kind(fn, forget)
