@@ -17,12 +17,12 @@ __all__ = ["elbo_bracket", "log_density"]
 
 
 def log_density(
-    log_p: Float[Tensor, draws * plates],
-    log_weights: Float[Tensor, draws * plates],
-    companions: Float[Tensor, batches * plates],
+    log_p: Float[Tensor, "draws *plates"],
+    log_weights: Float[Tensor, "draws *plates"],
+    companions: Float[Tensor, "batches *plates"],
     *,
     num_particles: int,
-) -> Float[Tensor, draws * plates]:
+) -> Float[Tensor, "draws *plates"]:
     """log p(x, z) + log K - log M + logsumexp_m( -log(w(z) + S_m) ): unbiased for the density itself.
 
     Args:
@@ -43,7 +43,7 @@ def log_density(
     return log_p + math.log(num_particles / companions.shape[0]) + inverse.logsumexp(1)
 
 
-def elbo_bracket(batches: Float[Tensor, "batches particles *plates"]) -> Float[Tensor, 2 * plates]:
+def elbo_bracket(batches: Float[Tensor, "batches particles *plates"]) -> Float[Tensor, "2 *plates"]:
     """Lower and upper bound on ELBO[q_EW] from M + 1 independent batches of K log weights.
 
     Each batch gives a draw with its own companions' sum S_0, and K - 1 fresh companions (its first particle left out,

@@ -33,6 +33,7 @@ from pyro_iwae.particles import (
     EnclosingPlates,
     Minibatch,
     enclosing_frames,
+    run_particles,
     select,
     settable,
     spread_value,
@@ -43,6 +44,7 @@ from pyro_iwae.plates import Layout, Site, latent_sites
 from pyro_iwae.resampling import multinomial
 from pyro_iwae.structure import Structure, StructureCache
 from pyro_iwae.terms import joint_log_density, model_log_density
+from pyro_iwae.traces import Pair
 from pyro_iwae.unconstrain import auxiliary_values
 from pyro_iwae.weighing import Particles, weigh_particles
 
@@ -265,8 +267,43 @@ class ImportanceResampledGuide(torch.nn.Module):
         values = {n: _as_run(known[n], s, first.structure, enclosing, count) for n, s in sites.items()}
         at = self._particles(args, kwargs, enclosing, count, values=values, minibatch=minibatch)
         _require_reached(draws, at)
-        log_p = torch.cat([model_log_density(p, at.layout) for p in at.pairs]).expand(at.weights.log_weights.shape)
+        summed_out = {n: v for n, v in draws.items() if n not in dict(latent_sites(at.pairs[0].guide))}
+        pairs = self._at_enumerated(summed_out, values, at, args, kwargs, enclosing) if summed_out else at.pairs
+        log_p = torch.cat([model_log_density(p, at.layout) for p in pairs]).expand(at.weights.log_weights.shape)
         return at, log_p
+
+    def _at_enumerated(
+        self,
+        given: Mapping[str, Tensor],
+        values: Mapping[str, Tensor],
+        at: Particles,
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
+        enclosing: Sequence[CondIndepStackFrame],
+    ) -> list[Pair]:
+        """The runs at given draws once more, with given values for the sites that are otherwise summed out."""
+        count, run = at.weights.num_particles, at.structure.run
+        sites = at.pairs[0].model.nodes
+        unknown = sorted(given.keys() - sites.keys())
+        if unknown:
+            raise ValueError(f"expected draws of the model's latents, got {unknown}, which the model does not have")
+        together = run.vectorized and count > 1
+        rows = [slice(None)] if together else [slice(k, k + 1) for k in range(count)]
+        pairs = []
+        for row in rows:
+            fixed = {n: spread_value(v, sites[n], run) if together else v[row.start] for n, v in given.items()}
+            pairs += run_particles(
+                poutine.condition(self.model, fixed),
+                self.guide,
+                args,
+                kwargs,
+                num_particles=count if together else 1,
+                run=run,
+                minibatch=at.minibatch,
+                enclosing=enclosing,
+                values={n: v[row] for n, v in values.items()},
+            )
+        return pairs
 
     # Away from Pyro's handlers
 
@@ -326,7 +363,7 @@ class ImportanceResampledGuide(torch.nn.Module):
 
     def log_density(
         self, draws: Mapping[str, Tensor], *args: Any, num_batches: int = 32, **kwargs: Any
-    ) -> Float[Tensor, draws * plates]:
+    ) -> Float[Tensor, "draws *plates"]:
         """Estimate of log q_EW at given draws; unbiased for the density itself.
 
         log p(x, z) + log K - log M + logsumexp_m( -log(w(z) + S_m) ), with S_m the sum of K - 1 fresh weights.

@@ -34,7 +34,7 @@ class Totals:
     count: int
 
     @classmethod
-    def of(cls, log_weights: Float[Tensor, particles * plates]) -> Totals:
+    def of(cls, log_weights: Float[Tensor, "particles *plates"]) -> Totals:
         """Totals of one block of particles."""
         log_weights = log_weights.detach()
         largest, position = log_weights.max(0, keepdim=True)
@@ -58,7 +58,7 @@ class Totals:
         """Log-mean-exp over all particles: the value of the bound."""
         return self.log_sum - math.log(self.count)
 
-    def log_mean_of_others(self, log_weights: Float[Tensor, particles * plates]) -> Float[Tensor, particles * plates]:
+    def log_mean_of_others(self, log_weights: Float[Tensor, "particles *plates"]) -> Float[Tensor, "particles *plates"]:
         """Log-mean-exp over the K - 1 other particles, for each of the given ones (which are among the K)."""
         log_weights = log_weights.detach()
         share = (log_weights - self.log_sum).clamp(max=-math.log(2.0))  # any but the largest has at most half
@@ -97,13 +97,13 @@ class LogWeights:
         tensor([0.2689, 0.7311])
     """
 
-    log_weights: Float[Tensor, particles * plates]
+    log_weights: Float[Tensor, "particles *plates"]
     plates: tuple[str, ...] = ()
     scale: float | Tensor = 1.0
     constant: Mapping[tuple[str, ...], Tensor] = field(default_factory=dict)
     tempered: bool = False
-    score: Float[Tensor, particles * plates] | None = None
-    score_log_q: Float[Tensor, particles * plates] | None = None
+    score: Float[Tensor, "particles *plates"] | None = None
+    score_log_q: Float[Tensor, "particles *plates"] | None = None
 
     @property
     def num_particles(self) -> int:
@@ -111,11 +111,11 @@ class LogWeights:
         return self.log_weights.shape[0]
 
     @property
-    def weights(self) -> Float[Tensor, particles * plates]:
+    def weights(self) -> Float[Tensor, "particles *plates"]:
         """Weights normalised over particles, shape ``(particles, *plates)``; all 0 where every one is -inf."""
         return self.share_of(self.totals())
 
-    def share_of(self, totals: Totals) -> Float[Tensor, particles * plates]:
+    def share_of(self, totals: Totals) -> Float[Tensor, "particles *plates"]:
         """Each particle's share of the given totals, detached; 0 where the total itself is 0."""
         share = (self.log_weights.detach() - totals.log_sum).exp()
         return torch.where(totals.largest == -math.inf, 0.0, share)

@@ -12,7 +12,7 @@ from torch import Tensor
 __all__ = ["multinomial"]
 
 
-def multinomial(log_weights: Float[Tensor, particles * plates]) -> Int[Tensor, "*plates"]:
+def multinomial(log_weights: Float[Tensor, "particles *plates"]) -> Int[Tensor, "*plates"]:
     """Draws one particle for each independent element, k with probability w_k / sum_j w_j.
 
     By the Gumbel-max trick, which needs no normalisation, and never takes a particle of weight 0 (unless all are).
