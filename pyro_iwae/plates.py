@@ -124,7 +124,7 @@ class Layout:
 
     @property
     def scale(self) -> float:
-        return math.prod(p.scale for p in self.plates)
+        return math.prod((p.scale for p in self.plates), start=1.0)
 
     def keeping(self, plates: Iterable[IndependentPlate]) -> Layout:
         """The same layout with only these of its plates."""

@@ -34,7 +34,7 @@ class VIMCO(Gradient):
     Example::
 
         >>> score = torch.zeros(2, requires_grad=True)
-        >>> weights = LogWeights(torch.tensor([0.0, 0.0]), score=score)
+        >>> weights = LogWeights(torch.zeros(2), score=score, score_log_q=torch.zeros(2))
         >>> VIMCO().surrogate(weights, weights.totals()).backward()
         >>> score.grad
         tensor([0., 0.])

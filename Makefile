@@ -1,0 +1,53 @@
+# Only relative paths, and every tool as `python -m`: the path to this folder may contain spaces.
+
+PYTHON ?= python3
+
+python := .venv/bin/python
+pip_install := $(python) -m pip install -c constraints.txt
+requirements := setup.cfg pyproject.toml constraints.txt
+
+# What `make test` installs holds all that `make demo` needs.
+examples_installed := $(or $(wildcard .venv/installed-all),.venv/installed-examples)
+all_installed := .venv/installed-all
+
+.DELETE_ON_ERROR:
+.PHONY: help demo test nightly docs bench lint clean
+
+help:  ## list the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' Makefile
+
+demo: $(examples_installed)  ## install what the examples need, then train and judge VAEs on real digits
+	$(python) examples/digits_vae.py
+
+test: lint  ## install everything; lint, tests (shapes checked, doctests included) and documentation
+	OMP_NUM_THREADS=1 MPLBACKEND=Agg $(python) -m pytest -n 2
+	$(MAKE) docs
+
+nightly: $(all_installed)  ## every test, the slow ones too, and more random models
+	OMP_NUM_THREADS=1 MPLBACKEND=Agg HYPOTHESIS_PROFILE=nightly $(python) -m pytest -n 2 -m ""
+
+docs: $(all_installed)  ## build the documentation into docs/_build/html and run its examples
+	$(python) -m sphinx -W --keep-going -q -b doctest docs docs/_build/doctest
+	$(python) -m sphinx -W --keep-going -q -b html docs docs/_build/html
+
+bench: $(all_installed)  ## run the benchmarks
+	@for script in benchmarks/*.py; do echo "$$script"; $(python) "$$script" || exit 1; done
+
+lint: $(all_installed)  ## ruff and mypy
+	$(python) -m ruff check .
+	$(python) -m ruff format --check .
+	$(python) -m mypy
+
+clean:  ## remove the environment, caches and what was built; keep results
+	rm -rf .venv build dist *.egg-info docs/_build .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+.venv/installed-examples: $(requirements)
+	$(PYTHON) -m venv .venv
+	$(pip_install) -e ".[examples]"
+	touch $@
+
+.venv/installed-all: $(requirements)
+	$(PYTHON) -m venv .venv
+	$(pip_install) -e ".[examples,test,docs]"
+	touch $@
