@@ -28,8 +28,8 @@ def auxiliary_values(guide: Callable[..., Any], values: Mapping[str, Tensor]) ->
         values: the model's latents by name, each ``(draws, *site shape)``.
 
     Returns:
-        The auxiliary latents by name; empty for guides without. Each is ``(draws, *site shape)``, but for the one
-        latent of a joint guide, which is ``(draws, elements of enclosing plates, numbers)``.
+        The auxiliary latents by name; empty for guides without. Each is ``(draws, *site shape)``; the one latent of
+        a joint guide has the elements of enclosing plates, if any, in one dimension after the draws.
     """
     if isinstance(guide, AutoGuideList):
         parts = [auxiliary_values(part, values) for part in guide]
@@ -45,5 +45,6 @@ def auxiliary_values(guide: Callable[..., Any], values: Mapping[str, Tensor]) ->
         for name, site in guide.prototype_trace.iter_stochastic_nodes():
             inverse = biject_to(site["fn"].support).inv
             flat.append(inverse(values[name]).reshape(len(values[name]), -1, inverse(site["value"]).numel()))
-        return {f"_{guide._pyro_name}_latent": torch.cat(flat, -1)}
+        latent = torch.cat(flat, -1)
+        return {f"_{guide._pyro_name}_latent": latent.squeeze(1) if latent.shape[1] == 1 else latent}
     return {}
