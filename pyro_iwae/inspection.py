@@ -172,7 +172,8 @@ class _Inspection:
         try:
             fault = self._vectorization_fault(self.particles(CHECK_PARTICLES, wide), wide, run)
         except Exception as error:  # whatever the model raises: it has just run well without vectorisation
-            fault = f"the vectorised run failed with {type(error).__name__}: {error}"
+            reason = next(iter(str(error).splitlines()), "")  # the rest is a table of shapes
+            fault = f"the vectorised run failed with {type(error).__name__}: {reason}"
         if fault is None:
             return wide
         self.messages.append(

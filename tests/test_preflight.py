@@ -114,7 +114,7 @@ def test_warns_of_a_scale_on_the_data_alone():
     def model(x):
         z = pyro.sample("z", dist.Normal(0.0, 1.0))
         with poutine.scale(scale=10.0):
-            pyro.sample("x", dist.Normal(z, 1.0).expand([4]).to_event(1), obs=x)
+            pyro.sample("x", dist.Normal(z.unsqueeze(-1) + torch.zeros(4), 1.0).to_event(1), obs=x)
 
     def guide(x):
         pyro.sample("z", dist.Normal(0.0, 1.0))
