@@ -1,0 +1,264 @@
+# Copyright Contributors to the pyro_iwae project.
+# SPDX-License-Identifier: Apache-2.0
+
+"""Expectations under the resampled guide by weighting."""
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from pyro import poutine
+
+from pyro_iwae import ImportanceResampledGuide
+from pyro_iwae.exact import Bernoulli, Gamma
+from tests.statistics import assert_mean
+
+K = 6
+X = torch.tensor([0.5, -1.0, 2.0], dtype=torch.float64)
+
+
+def local_model(x=X):
+    with pyro.plate("data", len(x)):
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        v = pyro.sample("v", dist.Normal(z.unsqueeze(-1).expand((*z.shape, 2)), 1.0).to_event(1))
+        pyro.sample("x", dist.Normal(v.sum(-1), 1.0), obs=x)
+
+
+def local_guide(x=X):
+    with pyro.plate("data", len(x)):
+        z = pyro.sample("z", dist.Normal(0.5 * x, 1.0))
+        pyro.sample("v", dist.Normal(z.unsqueeze(-1).expand((*z.shape, 2)), 1.0).to_event(1))
+
+
+def global_model(x=X):
+    w = pyro.sample("w", dist.Normal(0.0, 1.0))
+    with pyro.plate("data", len(x)):
+        z = pyro.sample("z", dist.Normal(w, 1.0))
+        pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+
+def global_guide(x=X):
+    w = pyro.sample("w", dist.Normal(0.2, 1.0))
+    with pyro.plate("data", len(x)):
+        pyro.sample("z", dist.Normal(0.5 * w, 1.0))
+
+
+def nested_model(x=X):
+    with pyro.plate("rows", 2, dim=-2), pyro.plate("data", len(x), dim=-1):
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        pyro.sample("x", dist.Normal(z, 1.0), obs=x.expand(2, -1))
+
+
+def nested_guide(x=X):
+    with pyro.plate("rows", 2, dim=-2), pyro.plate("data", len(x), dim=-1):
+        pyro.sample("z", dist.Normal(0.5, 1.0))
+
+
+def sequential_model(x=X):
+    for i in pyro.plate("data", len(x)):
+        z = pyro.sample(f"z_{i}", dist.Normal(0.0, 1.0))
+        pyro.sample(f"x_{i}", dist.Normal(z, 1.0), obs=x[i])
+
+
+def sequential_guide(x=X):
+    for i in pyro.plate("data", len(x)):
+        pyro.sample(f"z_{i}", dist.Normal(0.5, 1.0))
+
+
+def by_hand(model, guide, depth, kept):
+    """K particles on the same noise: (values without the dims of a trace, weights (K, *kept dims))."""
+    with pyro.plate("particles", K, dim=-depth - 1):
+        guide_trace = poutine.trace(guide).get_trace()
+        model_trace = poutine.trace(poutine.replay(model, trace=guide_trace)).get_trace()
+    log_w = torch.zeros((K,) + (1,) * depth)
+    for sign, trace in ((1, model_trace), (-1, guide_trace)):
+        trace.compute_log_prob()
+        for site in trace.nodes.values():
+            if site["type"] == "sample" and site["log_prob"].dim():
+                log_prob = site["log_prob"]
+                summed = [d for d in range(-depth, 0) if d not in kept]
+                log_w = log_w + sign * (log_prob.sum(summed, keepdim=True) if summed else log_prob)
+    return {n: s["value"] for n, s in guide_trace.nodes.items() if s["type"] == "sample"}, log_w.softmax(0)
+
+
+FUNCTIONS = {  # of independent elements: what is asked, and where the weights belong
+    "itself": (lambda z: z["z"], lambda w: w),
+    "square": (lambda z: z["z"] ** 2, lambda w: w),
+    "of two sites": (lambda z: z["z"] * z["v"].mean(-1), lambda w: w),
+    "event": (lambda z: z["v"], lambda w: w.unsqueeze(-1)),
+    "matrix": (lambda z: z["v"].unsqueeze(-1) * z["v"].unsqueeze(-2), lambda w: w[..., None, None]),
+    "event in front": (lambda z: z["v"].transpose(-1, -2), lambda w: w.unsqueeze(1)),
+    "both sides": (lambda z: torch.stack([z["v"], z["v"] ** 2], 1), lambda w: w[:, None, :, None]),
+    "event as large as the plate": (lambda z: z["z"].unsqueeze(-1) * X, lambda w: w.unsqueeze(-1)),
+    "the same in front": (lambda z: z["z"].unsqueeze(1) * X.unsqueeze(-1), lambda w: w.unsqueeze(1)),
+    "indicator": (lambda z: (z["z"] > 0.3).double(), lambda w: w),
+    "boolean": (lambda z: z["z"] > 0.3, lambda w: w),
+    "rounded": (lambda z: z["z"].round().long(), lambda w: w),
+}
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_each_element_by_its_own_weights(name, double):
+    fn, place = FUNCTIONS[name]
+    posterior = ImportanceResampledGuide(local_model, local_guide, K)
+    pyro.set_rng_seed(1)
+    values, weights = by_hand(local_model, local_guide, 1, {-1})
+    pyro.set_rng_seed(1)
+    result = posterior.expectation(fn, num_batches=1)
+    torch.testing.assert_close(result, (place(weights) * fn(values)).sum(0))
+
+
+@pytest.mark.parametrize(
+    "fn",
+    [
+        lambda z: z["w"],
+        lambda z: z["z"],
+        lambda z: z["z"].sum(-1),
+        lambda z: z["z"].flip(-1) * z["w"].unsqueeze(-1),
+        lambda z: z["w"] > 0.0,
+        lambda z: torch.ones(K),
+    ],
+)
+def test_one_weight_for_a_joint_posterior(fn, double):
+    """Then fn may mix what it likes."""
+    posterior = ImportanceResampledGuide(global_model, global_guide, K)
+    pyro.set_rng_seed(1)
+    values, weights = by_hand(global_model, global_guide, 1, {})
+    pyro.set_rng_seed(1)
+    result = posterior.expectation(fn, num_batches=1)
+    values["w"] = values["w"].squeeze(-1)
+    asked = fn(values)
+    torch.testing.assert_close(result, (weights.reshape((K,) + (1,) * (asked.dim() - 1)) * asked).sum(0))
+
+
+def test_nested_plates(double):
+    posterior = ImportanceResampledGuide(nested_model, nested_guide, K)
+    pyro.set_rng_seed(1)
+    values, weights = by_hand(nested_model, nested_guide, 2, {-1, -2})
+    pyro.set_rng_seed(1)
+    result = posterior.expectation(lambda z: z["z"].unsqueeze(1) ** 2, num_batches=1)
+    torch.testing.assert_close(result, (weights * values["z"] ** 2).sum(0).unsqueeze(0))
+
+
+def test_sequential_plate(double):
+    """Each site by the weights of its element."""
+    posterior = ImportanceResampledGuide(sequential_model, sequential_guide, K)
+    with pyro.plate("particles", K, dim=-1):
+        pyro.set_rng_seed(1)
+        z = [dist.Normal(0.5, 1.0).expand([K]).sample() for _ in range(3)]
+    for i in range(3):
+        log_w = dist.Normal(0.0, 1.0).log_prob(z[i]) + dist.Normal(z[i], 1.0).log_prob(X[i])
+        weights = (log_w - dist.Normal(0.5, 1.0).log_prob(z[i])).softmax(0)
+        pyro.set_rng_seed(1)
+        result = posterior.expectation(lambda values, i=i: values[f"z_{i}"], num_batches=1)
+        torch.testing.assert_close(result, (weights * z[i]).sum())
+    with pytest.raises(ValueError, match="'data'"):
+        posterior.expectation(lambda values: values["z_0"] + values["z_1"])
+
+
+def test_sequential_particles(double):
+    """One by one, on noise in another order: the same mean."""
+    posterior = ImportanceResampledGuide(global_model, global_guide, 2, vectorize_particles=False)
+    other = ImportanceResampledGuide(global_model, global_guide, 2)
+    draws = torch.stack([posterior.expectation(lambda z: z["w"], num_batches=1) for _ in range(500)])
+    others = torch.stack([other.expectation(lambda z: z["w"], num_batches=1) for _ in range(500)])
+    assert_mean(draws - others, 0.0)
+
+
+def test_batches_are_averaged(double):
+    posterior = ImportanceResampledGuide(local_model, local_guide, K)
+    pyro.set_rng_seed(1)
+    singles = [posterior.expectation(lambda z: z["z"], num_batches=1) for _ in range(4)]
+    pyro.set_rng_seed(1)
+    torch.testing.assert_close(posterior.expectation(lambda z: z["z"], num_batches=4), sum(singles) / 4)
+
+
+def gammas(size):
+    """Independent copies of the Gamma example in a plate: (model, guide)."""
+
+    def program(shape):
+        def sites():
+            with pyro.plate("copies", size):
+                pyro.sample("z", dist.Gamma(shape, 1.0))
+
+        return sites
+
+    return program(2.0), program(1.0)
+
+
+@pytest.mark.parametrize("num_particles", [1, 2, 5])
+def test_unbiased_for_the_mean_of_the_resampled_guide(num_particles):
+    posterior = ImportanceResampledGuide(*gammas(50_000), num_particles)
+    mean = posterior.expectation(lambda z: z["z"], num_batches=1)
+    assert mean.shape == (50_000,)
+    assert_mean(mean, Gamma(shape=1.0).resampled_mean(num_particles))
+
+
+def test_unbiased_for_a_discrete_latent():
+    size = 50_000
+
+    def model():
+        with pyro.plate("copies", size):
+            z = pyro.sample("z", dist.Bernoulli(0.3))
+            pyro.sample("x", dist.Normal(3.0 * z, 1.0), obs=torch.full((size,), 2.0))
+
+    def guide():
+        with pyro.plate("copies", size):
+            pyro.sample("z", dist.Bernoulli(logits=torch.tensor(0.5)))
+
+    posterior = ImportanceResampledGuide(model, guide, 5)
+    assert_mean(posterior.expectation(lambda z: z["z"], num_batches=1), Bernoulli().resampled(5))
+
+
+def test_less_noise_than_resampling():
+    """The law of total variance: a draw's variance is that of the weighted mean and more."""
+    posterior = ImportanceResampledGuide(*gammas(20_000), 5)
+    weighted = posterior.expectation(lambda z: z["z"], num_batches=1)
+    assert weighted.var() < 0.5 * posterior.sample(1)["z"].var()
+
+
+def test_has_no_graph_and_leaves_no_sites():
+    posterior = ImportanceResampledGuide(*gammas(3), 5)
+    trace = poutine.trace(posterior.expectation).get_trace(lambda z: z["z"])
+    assert not trace.nodes["_RETURN"]["value"].requires_grad
+    assert [n for n, s in trace.nodes.items() if s["type"] == "sample"] == []
+
+
+def test_sees_the_model_s_latents_only():
+    def guide():
+        u = pyro.sample("u", dist.Exponential(1.0), infer={"is_auxiliary": True})
+        pyro.sample("z", dist.Delta(u))
+
+    seen = []
+    ImportanceResampledGuide(Gamma(shape=1.0).model, guide, 5).expectation(lambda z: seen.append(set(z)) or z["z"])
+    assert all(names == {"z"} for names in seen)
+
+
+@pytest.mark.parametrize(
+    "fn",
+    [
+        lambda z: z["z"].flip(-1),
+        lambda z: z["z"].mean(-1),
+        lambda z: z["z"] - z["z"].mean(-1, keepdim=True),
+        lambda z: z["z"].cumsum(-1),
+        lambda z: z["z"][..., :2],
+        lambda z: z["z"].mean(-1, keepdim=True),
+        lambda z: z["z"][..., 0],
+    ],
+    ids=["flip", "mean", "centred", "sum so far", "some", "mean kept", "one"],
+)
+def test_function_that_mixes_elements(fn):
+    posterior = ImportanceResampledGuide(local_model, local_guide, K)
+    with pytest.raises(ValueError, match="'data'"):
+        posterior.expectation(fn)
+
+
+@pytest.mark.parametrize(
+    "fn",
+    [lambda z: z["z"].mean(0), lambda z: z["z"].sum(), lambda z: 1.0, lambda z: z, lambda z: z["z"][:2]],
+    ids=["mean", "total", "number", "dict", "some"],
+)
+def test_function_that_drops_the_particles(fn):
+    posterior = ImportanceResampledGuide(local_model, local_guide, K)
+    with pytest.raises(ValueError, match=rf"\({K}, ...\)"):
+        posterior.expectation(fn)

@@ -1,0 +1,542 @@
+# Copyright Contributors to the pyro_iwae project.
+# SPDX-License-Identifier: Apache-2.0
+
+"""Every estimator under every law: its expectation over all noise is the exact gradient of the bound.
+
+The expectations are exact (enumeration, or Gauss-Hermite quadrature), so that there is no tolerance beyond rounding;
+one statistical test per estimator draws its own noise, end to end.
+"""
+
+import math
+from functools import reduce
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from pyro import poutine
+from pyro.distributions.testing.fakes import NonreparameterizedNormal
+from pyro.infer import Trace_ELBO
+
+from pyro_iwae import ImportanceWeightedELBO, exact, gradients
+from pyro_iwae.logweights import LogWeights, Totals
+from tests.noise import Inject, hermite, outcomes, tiled
+from tests.statistics import assert_mean
+
+pytestmark = pytest.mark.usefixtures("double")
+
+PATHWISE = [gradients.Pathwise()]
+SCORE = [gradients.VIMCO()]
+PAIRS = [pytest.param((g, s), id=f"{g}-{s}") for g in PATHWISE for s in SCORE]
+
+
+def log_bernoulli(logit, z):
+    return z * torch.as_tensor(logit) - torch.nn.functional.softplus(torch.as_tensor(logit))
+
+
+def log_normal(loc, scale, z):
+    return dist.Normal(loc, scale).log_prob(torch.as_tensor(z))
+
+
+class Case:
+    """A model and guide with scalar parameters, all noise of K particles, and log w in plain formulas.
+
+    ``values`` (K, n) are outcomes of binary latents, ``noise`` (K, n) that of Gaussian ones, with weights ``mass``.
+    """
+
+    num_particles = 2
+    params: dict
+    values: dict = {}
+    noise: dict = {}
+    mass: torch.Tensor | float = 1.0
+
+    def latents(self, p):
+        """Values by name, with their graph."""
+        return self.values
+
+    def log_q(self, p, z):
+        """Log probability of the binary outcomes."""
+        return torch.zeros(())
+
+    def bound(self, p):
+        """Exact L_K; autograd gives its exact gradient."""
+        z = self.latents(p)
+        law = self.log_q(p, z).sum(0).exp() * self.mass
+        return (law * (self.log_w(p, z).logsumexp(0) - math.log(self.num_particles))).sum()
+
+    def exact(self):
+        p = {name: torch.tensor(value, requires_grad=True) for name, value in self.params.items()}
+        bound = self.bound(p)
+        grads = torch.autograd.grad(bound, list(p.values()), allow_unused=True)
+        return bound.detach(), torch.stack([torch.zeros(()) if g is None else g for g in grads])
+
+    def probabilities(self):
+        p = {name: torch.tensor(value) for name, value in self.params.items()}
+        law = self.log_q(p, self.latents(p)).sum(0).exp() * self.mass
+        assert law.sum().item() == pytest.approx(1.0)
+        return law
+
+    def estimates(self, elbo):
+        """Bound and gradient estimate at every outcome: shapes (n,) and (n, parameters)."""
+        law = self.probabilities()
+        n = len(law)
+        p = {k: torch.full((n,), v, requires_grad=True) for k, v in self.params.items()}
+        with Inject(self.values, self.noise):
+            loss = elbo.differentiable_loss(self.model, self.guide, p, n)
+        grads = torch.autograd.grad(-loss, list(p.values()), allow_unused=True)
+        grads = torch.stack([torch.zeros(n) if g is None else g for g in grads], -1)
+        with Inject(self.values, self.noise):
+            bound = elbo.bound(self.model, self.guide, p, n)
+        assert bound.shape == (n,), "outcomes must be an independent plate"
+        assert -loss.item() == pytest.approx(bound.sum().item())
+        return law, bound.detach(), grads
+
+
+class Coin(Case):
+    """exact.Bernoulli, by its own formulas."""
+
+    params = {"logit": 0.5, "prior": 0.3}
+
+    def __init__(self, num_particles):
+        self.num_particles = num_particles
+        (z,) = outcomes(num_particles, 1)
+        self.values = {"z": z}
+
+    def model(self, p, n):
+        with pyro.plate("outcomes", n):
+            exact.Bernoulli(prior=p["prior"]).model()
+
+    def guide(self, p, n):
+        with pyro.plate("outcomes", n):
+            exact.Bernoulli(logit=p["logit"]).guide()
+
+    def log_q(self, p, z):
+        return log_bernoulli(p["logit"], z["z"])
+
+    def bound(self, p):
+        return exact.Bernoulli(logit=p["logit"], prior=p["prior"]).bound(self.num_particles)
+
+
+class Chain(Case):
+    """z1 -> z2, both discrete: a coefficient of downstream terms only is biased here."""
+
+    params = {"a": -0.4, "b": 0.3, "c": 0.8, "theta": 0.6}
+    mask, scale = True, 1.0
+
+    def __init__(self):
+        self.values = dict(zip(("z1", "z2"), outcomes(2, 2), strict=True))
+
+    def model(self, p, n):
+        with pyro.plate("outcomes", n):
+            with poutine.scale(scale=self.scale):
+                z1 = pyro.sample("z1", dist.Bernoulli(torch.tensor(0.3)))
+                with poutine.mask(mask=torch.tensor(self.mask)):
+                    z2 = pyro.sample("z2", dist.Bernoulli(logits=2.0 * z1 - p["theta"]))
+            pyro.sample("x", dist.Normal(z1 + 2.0 * z2, 1.0), obs=torch.tensor(1.3))
+
+    def guide(self, p, n):
+        with pyro.plate("outcomes", n), poutine.scale(scale=self.scale):
+            z1 = pyro.sample("z1", dist.Bernoulli(logits=p["a"]))
+            with poutine.mask(mask=torch.tensor(self.mask)):
+                pyro.sample("z2", dist.Bernoulli(logits=p["b"] + p["c"] * z1))
+
+    def parts(self, p, z):
+        log_p = log_bernoulli(math.log(0.3 / 0.7), z["z1"]), log_bernoulli(2.0 * z["z1"] - p["theta"], z["z2"])
+        log_q = log_bernoulli(p["a"], z["z1"]), log_bernoulli(p["b"] + p["c"] * z["z1"], z["z2"])
+        return log_p, log_q, log_normal(z["z1"] + 2.0 * z["z2"], 1.0, 1.3)
+
+    def log_q(self, p, z):
+        return sum(self.parts(p, z)[1])
+
+    def log_w(self, p, z):
+        log_p, log_q, log_x = self.parts(p, z)
+        return log_p[0] + log_p[1] - log_q[0] - log_q[1] + log_x
+
+
+class MaskedChain(Chain):
+    """z2's densities are masked, its value still matters: the score needs the unmasked log q."""
+
+    mask = False
+
+    def log_w(self, p, z):
+        log_p, log_q, log_x = self.parts(p, z)
+        return log_p[0] - log_q[0] + log_x
+
+
+class TemperedChain(Chain):
+    """The latents' densities are annealed inside the weight: the score needs the unscaled log q."""
+
+    scale = 0.4
+
+    def log_w(self, p, z):
+        log_p, log_q, log_x = self.parts(p, z)
+        return 0.4 * (log_p[0] + log_p[1] - log_q[0] - log_q[1]) + log_x
+
+
+class AuxiliaryCoin(Chain):
+    """z1 exists in the guide only."""
+
+    def model(self, p, n):
+        with pyro.plate("outcomes", n):
+            z2 = pyro.sample("z2", dist.Bernoulli(logits=-p["theta"]))
+            pyro.sample("x", dist.Normal(2.0 * z2, 1.0), obs=torch.tensor(1.3))
+
+    def guide(self, p, n):
+        with pyro.plate("outcomes", n):
+            z1 = pyro.sample("z1", dist.Bernoulli(logits=p["a"]), infer={"is_auxiliary": True})
+            pyro.sample("z2", dist.Bernoulli(logits=p["b"] + p["c"] * z1))
+
+    def log_w(self, p, z):
+        log_x = log_bernoulli(-p["theta"], z["z2"]) + log_normal(2.0 * z["z2"], 1.0, 1.3)
+        return log_x - sum(self.parts(p, z)[1])
+
+
+class GlobalAndLocal(Case):
+    """A global coin above two local ones: one weight holds them all."""
+
+    params = {"a": 0.2, "b": -0.5, "c": 0.9, "theta": 0.4}
+
+    def __init__(self):
+        g, z1, z2 = outcomes(2, 3)
+        self.values = {"g": g.unsqueeze(-1), "z": torch.stack([z1, z2], -1)}
+
+    def model(self, p, n):
+        p = {name: value.unsqueeze(-1) for name, value in p.items()}
+        with pyro.plate("outcomes", n, dim=-2):
+            g = pyro.sample("g", dist.Bernoulli(logits=p["theta"]))
+            with pyro.plate("local", 2, dim=-1):
+                z = pyro.sample("z", dist.Bernoulli(logits=1.5 * g - 1.0))
+                pyro.sample("x", dist.Normal(z + g, 1.0), obs=torch.tensor([1.4, -0.2]))
+
+    def guide(self, p, n):
+        p = {name: value.unsqueeze(-1) for name, value in p.items()}
+        with pyro.plate("outcomes", n, dim=-2):
+            g = pyro.sample("g", dist.Bernoulli(logits=p["a"]))
+            with pyro.plate("local", 2, dim=-1):
+                pyro.sample("z", dist.Bernoulli(logits=p["b"] + p["c"] * g))
+
+    def log_q(self, p, z):
+        return log_bernoulli(p["a"], z["g"]).sum(-1) + log_bernoulli(p["b"] + p["c"] * z["g"], z["z"]).sum(-1)
+
+    def log_w(self, p, z):
+        log_p = log_bernoulli(p["theta"], z["g"]).sum(-1) + log_bernoulli(1.5 * z["g"] - 1.0, z["z"]).sum(-1)
+        log_x = log_normal(z["z"] + z["g"], 1.0, torch.tensor([1.4, -0.2])).sum(-1)
+        return log_p + log_x - self.log_q(p, z)
+
+
+class EnumeratedModel(Coin):
+    """A coin of the guide with another one, of the model, summed out inside the weight."""
+
+    params = {"logit": 0.5, "prior": 0.3, "theta": 0.7}
+
+    def __init__(self):
+        super().__init__(2)
+
+    def model(self, p, n):
+        with pyro.plate("outcomes", n):
+            z = pyro.sample("z", dist.Bernoulli(p["prior"]))
+            c = pyro.sample("c", dist.Bernoulli(logits=p["theta"] - z), infer={"enumerate": "parallel"})
+            pyro.sample("x", dist.Normal(z + 2.0 * c, 1.0), obs=torch.tensor(1.5))
+
+    def log_w(self, p, z):
+        z, logit = z["z"], p["theta"] - z["z"]
+        cases = [log_bernoulli(logit, torch.tensor(c)) + log_normal(z + 2.0 * c, 1.0, 1.5) for c in (0.0, 1.0)]
+        log_prior = torch.where(z == 1.0, p["prior"].log(), (1.0 - p["prior"]).log())
+        return log_prior + torch.logaddexp(*cases) - log_bernoulli(p["logit"], z)
+
+    def bound(self, p):
+        return Case.bound(self, p)
+
+
+class Curve(Case):
+    """One Gaussian latent below a curved likelihood; K = 2 is a two-dimensional Gaussian integral."""
+
+    params = {"loc": 0.3, "log_scale": -0.2, "theta": 0.7}
+    family = dist.Normal
+
+    def __init__(self):
+        eps, self.mass = hermite(2)
+        self.noise = {"z": eps}
+
+    def model(self, p, n):
+        with pyro.plate("outcomes", n):
+            z = pyro.sample("z", dist.Normal(p["theta"], 1.0))
+            pyro.sample("x", dist.Normal(z.sin() + 0.5 * z, 1.0), obs=torch.tensor(1.1))
+
+    def guide(self, p, n):
+        with pyro.plate("outcomes", n):
+            pyro.sample("z", self.family(p["loc"], p["log_scale"].exp()))
+
+    def latents(self, p):
+        return {"z": p["loc"] + p["log_scale"].exp() * self.noise["z"]}
+
+    def log_w(self, p, z):
+        z = z["z"]
+        log_x = log_normal(z.sin() + 0.5 * z, 1.0, 1.1)
+        return log_normal(p["theta"], 1.0, z) + log_x - log_normal(p["loc"], p["log_scale"].exp(), z)
+
+
+class CurveWithoutReparameterisation(Curve):
+    """The same, with a score-function gradient."""
+
+    family = NonreparameterizedNormal
+
+
+class GaussianThenCoin(Case):
+    """A discrete site downstream of a reparameterised one: its score moves with the way through that."""
+
+    params = {"loc": 0.3, "log_scale": -0.4, "b": 0.2, "c": -0.7, "theta": 0.5}
+
+    def __init__(self):
+        eps, mass = hermite(2, 48)
+        (z2,) = outcomes(2, 1)
+        eps, z2 = tiled(eps, z2)
+        self.mass, _ = tiled(mass, torch.ones(4))
+        self.noise, self.values = {"z1": eps}, {"z2": z2}
+
+    def model(self, p, n):
+        with pyro.plate("outcomes", n):
+            z1 = pyro.sample("z1", dist.Normal(torch.tensor(0.0), 1.0))
+            z2 = pyro.sample("z2", dist.Bernoulli(logits=p["theta"] * z1))
+            pyro.sample("x", dist.Normal(z1 + 1.5 * z2, 1.0), obs=torch.tensor(0.9))
+
+    def guide(self, p, n):
+        with pyro.plate("outcomes", n):
+            z1 = pyro.sample("z1", dist.Normal(p["loc"], p["log_scale"].exp()))
+            pyro.sample("z2", dist.Bernoulli(logits=p["b"] + p["c"] * z1))
+
+    def latents(self, p):
+        return {"z1": p["loc"] + p["log_scale"].exp() * self.noise["z1"], "z2": self.values["z2"]}
+
+    def log_q(self, p, z):
+        return log_bernoulli(p["b"] + p["c"] * z["z1"], z["z2"])
+
+    def log_w(self, p, z):
+        z1, z2 = z["z1"], z["z2"]
+        log_q = log_normal(p["loc"], p["log_scale"].exp(), z1) + self.log_q(p, z)
+        log_p = log_normal(torch.zeros(()), 1.0, z1) + log_bernoulli(p["theta"] * z1, z2)
+        return log_p + log_normal(z1 + 1.5 * z2, 1.0, 0.9) - log_q
+
+
+class CoinThenGaussian(GaussianThenCoin):
+    """A reparameterised site downstream of a discrete one."""
+
+    params = {"a": 0.3, "loc": 0.3, "c": 0.6, "log_scale": -0.4, "theta": 0.5}
+
+    def model(self, p, n):
+        with pyro.plate("outcomes", n):
+            z2 = pyro.sample("z2", dist.Bernoulli(torch.tensor(0.4)))
+            z1 = pyro.sample("z1", dist.Normal(p["theta"] * z2, 1.0))
+            pyro.sample("x", dist.Normal(z1 + 1.5 * z2, 1.0), obs=torch.tensor(0.9))
+
+    def guide(self, p, n):
+        with pyro.plate("outcomes", n):
+            z2 = pyro.sample("z2", dist.Bernoulli(logits=p["a"]))
+            pyro.sample("z1", dist.Normal(p["loc"] + p["c"] * z2, p["log_scale"].exp()))
+
+    def latents(self, p):
+        z2 = self.values["z2"]
+        return {"z1": p["loc"] + p["c"] * z2 + p["log_scale"].exp() * self.noise["z1"], "z2": z2}
+
+    def log_q(self, p, z):
+        return log_bernoulli(p["a"], z["z2"])
+
+    def log_w(self, p, z):
+        z1, z2 = z["z1"], z["z2"]
+        log_q = log_normal(p["loc"] + p["c"] * z2, p["log_scale"].exp(), z1) + self.log_q(p, z)
+        log_p = log_normal(p["theta"] * z2, 1.0, z1) + log_bernoulli(math.log(0.4 / 0.6), z2)
+        return log_p + log_normal(z1 + 1.5 * z2, 1.0, 0.9) - log_q
+
+
+CASES = {
+    "coin K=2": lambda: Coin(2),
+    "coin K=5": lambda: Coin(5),
+    "chain": Chain,
+    "masked chain": MaskedChain,
+    "tempered chain": TemperedChain,
+    "auxiliary site": AuxiliaryCoin,
+    "global and local": GlobalAndLocal,
+    "enumerated model site": EnumeratedModel,
+    "curve": Curve,
+    "curve without reparameterisation": CurveWithoutReparameterisation,
+    "gaussian then coin": GaussianThenCoin,
+    "coin then gaussian": CoinThenGaussian,
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("pair", PAIRS)
+def test_expected_gradient_is_exact(name, pair):
+    """Expectation over all noise: value and gradient for every parameter of model and guide."""
+    case = CASES[name]()
+    gradient, score = pair
+    elbo = ImportanceWeightedELBO(num_particles=case.num_particles, gradient=gradient, score=score)
+    law, bound, grads = case.estimates(elbo)
+    exact_bound, exact_grads = case.exact()
+    assert gradient.unbiased and score.unbiased
+    assert exact_grads.abs().max() > 1e-3, "a law about zeros says little"
+    torch.testing.assert_close((law * bound).sum(), exact_bound, rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close((law.unsqueeze(-1) * grads).sum(0), exact_grads, rtol=1e-8, atol=1e-11)
+
+
+def test_known_gradient_of_the_coin():
+    """dL_5 / dlogit and the standard deviation per step with a leave-one-out control, and without any."""
+    case = Coin(5)
+    _, (exact_grad, _) = case.exact()
+    assert exact_grad.item() == pytest.approx(0.0069682, abs=5e-8)
+    law, bound, grads = case.estimates(ImportanceWeightedELBO(num_particles=5, score=gradients.VIMCO()))
+    mean = (law * grads[:, 0]).sum()
+    assert mean.item() == pytest.approx(0.0069682, abs=5e-8)
+    deviation = (law * (grads[:, 0] - mean) ** 2).sum().sqrt()
+    assert 0.215 < deviation < 0.225
+    logit = torch.full((len(law),), 0.5, requires_grad=True)
+    log_w = exact.Bernoulli(logit=0.5).log_joint()[case.values["z"].long()] - log_bernoulli(0.5, case.values["z"])
+    coefficient = bound - log_w.softmax(0)
+    (plain,) = torch.autograd.grad((coefficient * log_bernoulli(logit, case.values["z"])).sum(), logit)
+    assert (law * plain).sum().item() == pytest.approx(0.0069682, abs=5e-8)
+    assert 2.55 < (law * (plain - mean) ** 2).sum().sqrt() < 2.65
+
+
+def test_downstream_terms_alone_are_biased():
+    """What Trace_ELBO may do for one particle is wrong for more: the chain can tell."""
+    case = Chain()
+    p = {name: torch.full((16,), value, requires_grad=True) for name, value in case.params.items()}
+    (log_p, log_q, log_x), law = case.parts(p, case.values), case.probabilities()
+
+    def coefficient(log_w):
+        others = log_w.flip(0)
+        return (log_w.logsumexp(0) - math.log(2.0) - others - log_w.softmax(0)).detach()
+
+    whole = log_p[0] + log_p[1] - log_q[0] - log_q[1] + log_x
+    downstream = log_p[1] - log_q[1] + log_x
+    names = ["a", "b", "c"]
+    exact_grads = case.exact()[1][:3]
+    for coefficients, right in (((whole, whole), True), ((whole, downstream), False)):
+        surrogate = sum((coefficient(c) * q).sum() for c, q in zip(coefficients, log_q, strict=True))
+        grads = torch.autograd.grad(surrogate, [p[n] for n in names], retain_graph=True)
+        error = ((law * torch.stack(grads)).sum(-1) - exact_grads).abs()
+        assert bool((error < 1e-9).all()) if right else bool((error[1:] > 1e-3).all())
+
+
+@pytest.mark.parametrize("num_particles", [2, 5])
+@pytest.mark.parametrize("pair", PAIRS)
+def test_mean_gradient_with_drawn_noise(num_particles, pair):
+    """End to end, with the sampler's own noise."""
+    gradient, score = pair
+    elbo = ImportanceWeightedELBO(num_particles=num_particles, gradient=gradient, score=score)
+    case, n = Coin(num_particles), 100_000
+    p = {name: torch.full((n,), value, requires_grad=True) for name, value in case.params.items()}
+    grads = torch.autograd.grad(-elbo.differentiable_loss(case.model, case.guide, p, n), list(p.values()))
+    assert_mean(torch.stack(grads, -1), case.exact()[1])
+    assert_mean(elbo.bound(case.model, case.guide, p, n), case.exact()[0])
+
+
+@pytest.mark.parametrize("pair", PAIRS)
+def test_mean_pathwise_gradient_with_drawn_noise(pair):
+    """Gaussians d apart: the exact bound and its slope in d, for any K."""
+    gradient, score = pair
+    offset = torch.tensor(1.0, requires_grad=True)
+    bound = exact.Gaussian(data=torch.zeros(1), offset=offset).bound(10)
+    (slope,) = torch.autograd.grad(bound.sum(), offset)
+    n = 40_000
+    offsets = torch.ones(n, requires_grad=True)
+    case = exact.Gaussian(data=torch.zeros(n), offset=offsets)
+    elbo = ImportanceWeightedELBO(num_particles=10, gradient=gradient, score=score)
+    (grads,) = torch.autograd.grad(-elbo.differentiable_loss(case.model, case.guide), offsets)
+    assert_mean(grads, slope)
+
+
+@pytest.mark.parametrize("num_particles", [1, 2, 7])
+def test_exact_posterior_bound_is_the_evidence(num_particles):
+    """For any noise, to rounding: no seed, no tolerance."""
+    case = exact.Gaussian(data=torch.randn(20) * 3.0)
+    elbo = ImportanceWeightedELBO(num_particles=num_particles)
+    with Inject(noise={"z": torch.randn(num_particles, 20) * 10.0} if num_particles > 1 else {}):
+        weights = elbo.log_weights(case.model, case.guide)
+    torch.testing.assert_close(weights.bound(), case.log_evidence, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(weights.log_weights, case.log_evidence.expand(num_particles, 20))
+    torch.testing.assert_close(weights.weights, torch.full((num_particles, 20), 1.0 / num_particles))
+
+
+def random_weights(num_particles, elements=3, impossible=False):
+    """LogWeights whose parts are leaves of one parameter vector."""
+    theta = torch.randn(num_particles, elements, requires_grad=True)
+    phi = torch.randn(num_particles, elements, requires_grad=True)
+    values = theta + 2.0 * phi
+    if impossible:
+        dead = torch.zeros(num_particles, elements, dtype=torch.bool)
+        dead[0], dead[:, 0] = True, True
+        values = values.masked_fill(dead, -math.inf)
+    return LogWeights(values, ("data",), score=phi, score_log_q=phi), (theta, phi)
+
+
+@pytest.mark.parametrize("estimator", [*PATHWISE, *SCORE], ids=repr)
+@pytest.mark.parametrize("chunk", [1, 2, 3])
+def test_chunks_under_merged_totals_equal_the_whole(estimator, chunk):
+    """The surrogate's gradient is a sum over particles, given the totals over all of them."""
+    weights, leaves = random_weights(6)
+    whole = torch.autograd.grad(
+        estimator.surrogate(weights, weights.totals()).sum(), leaves, retain_graph=True, materialize_grads=True
+    )
+    blocks = [slice(i, i + chunk) for i in range(0, 6, chunk)]
+    totals = reduce(Totals.merge, [Totals.of(weights.log_weights[b]) for b in blocks])
+    parts = [LogWeights(weights.log_weights[b], ("data",), score=weights.score[b],
+                        score_log_q=weights.score_log_q[b]) for b in blocks]  # fmt: skip
+    chunked = torch.autograd.grad(
+        sum(estimator.surrogate(part, totals).sum() for part in parts), leaves, materialize_grads=True
+    )
+    for a, b in zip(whole, chunked, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize("estimator", [*PATHWISE, *SCORE], ids=repr)
+@pytest.mark.parametrize("num_particles", [1, 2, 5])
+def test_impossible_particles_leave_the_gradient_finite(estimator, num_particles):
+    """The first element is all -inf and adds nothing of its own; in the others the first particle has weight 0."""
+    weights, leaves = random_weights(num_particles, impossible=True)
+    surrogate = estimator.surrogate(weights, weights.totals())
+    grads = torch.autograd.grad(surrogate.sum(), leaves, materialize_grads=True)
+    for grad in grads:
+        assert bool(grad.isfinite().all())
+    assert bool((grads[0][:, 0] == 0.0).all())
+    if num_particles > 1:
+        assert bool((grads[1][:, 0] == 0.0).all())
+
+
+def test_one_particle_is_trace_elbo():
+    """K = 1 is a branch of its own: with the - v_k term of K > 1 it would be wrong."""
+    case = Coin(1)
+    n = 1000
+    grads = []
+    for elbo in (Trace_ELBO(), ImportanceWeightedELBO(num_particles=1)):
+        pyro.set_rng_seed(7)
+        p = {name: torch.full((n,), value, requires_grad=True) for name, value in case.params.items()}
+        loss = elbo.differentiable_loss(case.model, case.guide, p, n)
+        grads.append(torch.stack(torch.autograd.grad(loss, list(p.values()))))
+    torch.testing.assert_close(grads[0], grads[1], rtol=1e-12, atol=0.0)
+
+
+def test_surrogate_of_one_particle_has_the_mean_gradient_of_the_elbo():
+    """The estimator's own K = 1 branch: Lhat d log q, and the entropy term that Trace_ELBO leaves out."""
+    logit = torch.full((2,), 0.5, requires_grad=True)
+    z = torch.tensor([0.0, 1.0])
+    log_q = log_bernoulli(logit, z)
+    log_w = exact.Bernoulli().log_joint() - log_q
+    weights = LogWeights(log_w.unsqueeze(0), ("z",), score=log_q.unsqueeze(0), score_log_q=log_q.unsqueeze(0))
+    totals = weights.totals()
+    surrogate = gradients.Pathwise().surrogate(weights, totals) + gradients.VIMCO().surrogate(weights, totals)
+    (grads,) = torch.autograd.grad(surrogate.sum(), logit)
+    leaf = torch.tensor(0.5, requires_grad=True)
+    (expected,) = torch.autograd.grad(exact.Bernoulli(logit=leaf).bound(1), leaf)
+    torch.testing.assert_close((log_q.exp() * grads).sum(), expected)
+
+
+def test_every_estimator_is_under_every_law():
+    """The registry above holds all that the package exports, and each says what it promises."""
+    registered = {type(e).__name__ for e in (*PATHWISE, *SCORE)}
+    assert registered == set(gradients.__all__) - {"Gradient"}
+    for estimator in (*PATHWISE, *SCORE):
+        assert isinstance(estimator, gradients.Gradient)
+        assert isinstance(estimator.unbiased, bool)
+        assert estimator.needs and estimator.reference
+        assert repr(estimator) == f"{type(estimator).__name__}()"

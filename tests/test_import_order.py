@@ -1,0 +1,55 @@
+# Copyright Contributors to the pyro_iwae project.
+# SPDX-License-Identifier: Apache-2.0
+
+"""Modules import only modules above them."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+import pyro_iwae
+
+ROOT = Path(pyro_iwae.__file__).parent
+ORDER = [
+    {"exact", "logweights"},
+    {"gradients", "resampling"},
+    {"density", "plates"},
+    {"traces"},
+    {"particles", "terms"},
+    {"structure"},
+    {"inspection"},
+    {"weighing"},
+    {"unconstrain", "elbo", "emission", "expectation"},
+    {"guide"},
+    {"preflight"},
+]
+LEVEL = {name: level for level, names in enumerate(ORDER) for name in names}
+FILES = [p for p in sorted(ROOT.rglob("*.py")) if p != ROOT / "__init__.py"]
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_imports_go_upwards(path):
+    own = path.relative_to(ROOT).with_suffix("").parts[0]
+    assert own in LEVEL, f"give {own} a place in ORDER"
+    for node in ast.walk(ast.parse(path.read_text())):
+        names = [node.module] if isinstance(node, ast.ImportFrom) else []
+        names += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+        assert not (isinstance(node, ast.ImportFrom) and node.level), f"relative import in {path.name}"
+        for name in filter(None, names):
+            if name.split(".")[0] == "pyro_iwae":
+                assert "." in name, f"{path.name} imports from the package's own __init__"
+                other = name.split(".")[1]
+                assert other == own or LEVEL[other] < LEVEL[own], f"{own} imports {other}"
+
+
+def test_exact_imports_no_other_module():
+    assert "from pyro_iwae" not in (ROOT / "exact.py").read_text()
+
+
+def test_the_mathematics_knows_no_pyro():
+    for name in ("logweights.py", "resampling.py", *(f"gradients/{p.name}" for p in (ROOT / "gradients").glob("*.py"))):
+        for node in ast.walk(ast.parse((ROOT / name).read_text())):
+            names = [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            names += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            assert not [n for n in names if n.split(".")[0] == "pyro"], name
