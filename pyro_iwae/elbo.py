@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from pyro.infer import ELBO, Trace_ELBO, TraceEnum_ELBO
-from pyro.infer.util import torch_item
+from pyro.infer.util import torch_item, zero_grads
 from pyro.poutine import Trace
 from pyro.util import get_rng_state, set_rng_state
 from torch import Tensor
@@ -21,7 +21,7 @@ from pyro_iwae.logweights import LogWeights
 from pyro_iwae.plates import latent_sites, nesting
 from pyro_iwae.structure import StructureCache
 from pyro_iwae.terms import outer_scale, terms_of
-from pyro_iwae.traces import fill_densities, run_pair
+from pyro_iwae.traces import fill_densities, require_site_shapes, run_pair
 from pyro_iwae.weighing import Particles, impossible_sites, weigh_particles
 
 __all__ = ["ImportanceWeightedELBO"]
@@ -256,6 +256,7 @@ class _SingleParticle(Trace_ELBO):
         pair = run_pair(model, guide, args, kwargs)
         if any(s["infer"].get("enumerate") for t in (pair.model, pair.guide) for _, s in latent_sites(t)):
             raise _EnumerationAsked(nesting((pair.model, pair.guide)))
+        require_site_shapes(pair, math.inf)
         fill_densities(pair)
         return pair.model, pair.guide
 
@@ -264,15 +265,16 @@ def _refuse_nan_gradients(particles: Particles) -> None:
     """Raises where a particle of weight 0 has put NaN into a gradient: 0 times the slope of -inf."""
     if bool((particles.weights.log_weights > -math.inf).all()):
         return
+    traces = [t for pair in particles.pairs for t in (pair.model, pair.guide)]
+    params: dict[str, Any] = {n: t.nodes[n]["value"] for t in traces for n in t.param_nodes}
+    bare = {n: p.unconstrained() for n, p in params.items()}
+    faulty = sorted(n for n, p in bare.items() if p.grad is not None and bool(p.grad.isnan().any()))
+    if not faulty:
+        return
+    zero_grads(bare.values())  # or they would poison the next step
     tables = [terms_of(p, particles.layout, outer_scale(p, particles.layout)) for p in particles.pairs]
-    for pair in particles.pairs:
-        for trace in (pair.model, pair.guide):
-            for name in trace.param_nodes:
-                value: Any = trace.nodes[name]["value"]
-                gradient = value.unconstrained().grad
-                if gradient is not None and bool(gradient.isnan().any()):
-                    raise ValueError(
-                        f"the gradient of parameter '{name}' is NaN: site {sorted(impossible_sites(tables))} has log "
-                        "density -inf at some particles with a slope that is not finite; keep the guide within the "
-                        "model's support, or bound what that site computes (torch.where before the log, not after)"
-                    )
+    raise ValueError(
+        f"the gradient of parameter '{faulty[0]}' is NaN: site {sorted(impossible_sites(tables))} has log density -inf "
+        "at some particles with a slope that is not finite; keep the guide within the model's support, or bound what "
+        "that site computes (torch.where before the log, not after)"
+    )

@@ -6,12 +6,13 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Iterator, Mapping
 
 import torch
 from torch import Tensor
 
-from pyro_iwae.inspection import coin_flips, cross_elements
+from pyro_iwae.inspection import cross_elements, enough_particles, separating
 from pyro_iwae.logweights import LogWeights
 from pyro_iwae.plates import Layout, Site
 
@@ -56,20 +57,33 @@ def _alignment(
     layout: Layout,
 ) -> Alignment:
     """Finds which dimensions of the result are the independent plates' by crossing particles, and seeing fn follow."""
+    if weights.num_particles == 1:  # nothing to weigh
+        return lambda columns: result.new_ones(())
     if not layout.plates:
         return lambda columns: columns.reshape(columns.shape[:1] + (1,) * (result.dim() - 1))
-    choice = coin_flips(tuple(weights.log_weights.shape)).to(result.device)
-    crossed = {n: cross_elements(v, layout.align(choice, sites[n], v)) for n, v in values.items()}
-    after = fn(crossed)
-    for align in _possible(result, layout):
-        expected = torch.where(align(choice), result.roll(-1, 0), result)
-        if torch.allclose(after, expected, rtol=1e-4, atol=1e-6, equal_nan=True):
-            return align
+    possible = list(_possible(result, layout))
+    for moved in _rounds(weights).to(result.device):
+        crossed = {n: cross_elements(v, layout.align(moved, sites[n], v)) for n, v in values.items()}
+        after = fn(crossed)
+        possible = [a for a in possible if _follows(after, cross_elements(result, a(moved)))]
+    if possible:
+        return possible[0]
     raise ValueError(
         f"expected fn to keep the elements of the independent plates {[p.name for p in layout.plates]} apart, got a "
         f"result of shape {tuple(result.shape)} that mixes them or drops their dimension; each element is weighed by "
         "itself. Average over draws instead: fn(posterior.sample(num_draws, ...)).mean(0)"
     )
+
+
+def _rounds(weights: LogWeights) -> Tensor:
+    """Which elements move in each particle, in as many rounds as it takes to part any two of them."""
+    particles, *sizes = weights.log_weights.shape
+    rounds = -(-enough_particles(math.prod(sizes)) // particles)
+    return separating((rounds * particles, *sizes)).reshape(rounds, particles, *sizes)
+
+
+def _follows(after: Tensor, expected: Tensor) -> bool:
+    return torch.allclose(after, expected, rtol=1e-4, atol=1e-6, equal_nan=True)
 
 
 def _possible(result: Tensor, layout: Layout) -> Iterator[Alignment]:

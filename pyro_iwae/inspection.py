@@ -37,7 +37,7 @@ from pyro_iwae.particles import (
 from pyro_iwae.plates import IndependentPlate, Layout, Site, candidates, latent_sites, nesting, sample_sites, signature
 from pyro_iwae.structure import Structure, plate_key
 from pyro_iwae.terms import Term, outer_scale, terms_of
-from pyro_iwae.traces import Pair
+from pyro_iwae.traces import Pair, require_site_shapes
 
 __all__ = ["inspect", "unchanged_state"]
 
@@ -116,6 +116,10 @@ class _Inspection:
         (probe,) = self.particles(1, Run(0, False, False))
         run = Run(self._depth(probe, max_plate_nesting), False, _asks_enumeration(probe))
         self.batch_dims = {n: batch_dim(s) for n, s in latent_sites(probe.guide)}
+        if run.enumerated:
+            _tables(self.particles(1, run), Layout())  # what cannot be summed out raises here, whatever the run
+        else:
+            require_site_shapes(probe, run.depth)
         if vectorize is not False:
             run = self._vectorized(run, forced=vectorize is True)
         independent, mixed, conclusive = self._independent(run, probe)
@@ -215,7 +219,8 @@ class _Inspection:
             return frozenset(), {}, True
         if not any(True for t in (probe.model, probe.guide) for _ in latent_sites(t)):
             return frozenset(plate_key(p) for p in found.plates), {}, True
-        count = CHECK_PARTICLES if run.vectorized else 2
+        count = enough_particles(math.prod(p.size for p in found.plates))
+        count = max(count, CHECK_PARTICLES) if run.vectorized else count
         pairs = self.particles(count, run)
         layout = candidates(pairs[0].model, pairs[0].guide, run.particle_dim(count))
         fault, conclusive = self._mixing_fault(pairs, layout, run, count)
@@ -238,15 +243,16 @@ class _Inspection:
         """
         values = self._values(pairs, run, count)
         sites = dict(latent_sites(pairs[0].guide))
-        moved = coin_flips((count, *(p.size for p in layout.plates)))
-        crossed = {n: cross_elements(v, layout.align(moved, sites[n], v)) for n, v in values.items()}
+        moved = separating((count, *(p.size for p in layout.plates)))
+        crossed = {
+            n: cross_elements(v, layout.align(moved, sites[n], v), _others(v, sites[n])) for n, v in values.items()
+        }
         seed = get_rng_state()
         before = self._replay(pairs, values, run, count, layout)
         set_rng_state(seed)
         after = self._replay(pairs, crossed, run, count, layout)
-        conclusive = any(bool((crossed[n] != v).any()) for n, v in values.items())
-        point_estimate = not any(settable(s) for s in sites.values())  # its particles never differ
-        return _first_mixed(before, after, moved), conclusive or point_estimate
+        conclusive = all(bool((crossed[n] != v).any()) for n, v in values.items() if settable(sites[n]))
+        return _first_mixed(before, after, moved), conclusive
 
     def _replay(
         self, pairs: Sequence[Pair], values: Mapping[str, Tensor], run: Run, count: int, layout: Layout
@@ -304,18 +310,38 @@ def _asks_enumeration(pair: Pair) -> bool:
     )
 
 
-def coin_flips(shape: tuple[int, ...]) -> Tensor:
-    """Which elements take another particle's latents; in every plate one does and its neighbour does not."""
-    flips = torch.rand(shape, generator=torch.Generator().manual_seed(20170409)) < 0.5
-    for axis in range(1, len(shape)):
-        if shape[axis] > 1:
-            flips.select(axis, 1).copy_(~flips.select(axis, 0))
-    return flips
+def enough_particles(elements: int) -> int:
+    """Particles that :func:`separating` needs to part any two of so many elements."""
+    return 2 * max(1, math.ceil(math.log2(max(1, elements))))
 
 
-def cross_elements(value: Tensor, choice: Tensor) -> Tensor:
-    """Elements of each particle, or of the next one where the coin says so."""
-    return torch.where(choice.to(value.device), value.roll(-1, 0), value)
+def separating(shape: tuple[int, ...]) -> Tensor:
+    """Which elements move in each particle: for any two there is a particle where the one moves and the other stays.
+
+    Particle by particle, the bits of the elements' numbers, and the same bits turned over.
+    """
+    elements = math.prod(shape[1:])
+    bits = enough_particles(elements) // 2
+    numbers, particles = torch.arange(elements), torch.arange(shape[0]).unsqueeze(-1)
+    moved = (numbers >> (particles // 2 % bits)) & 1 == particles % 2
+    return moved.reshape(shape)
+
+
+def cross_elements(value: Tensor, moved: Tensor, others: Tensor | None = None) -> Tensor:
+    """Each particle's elements, or another's (the next one's) where they move."""
+    return torch.where(moved.to(value.device), value.roll(-1, 0) if others is None else others, value)
+
+
+def _others(value: Tensor, site: Site) -> Tensor:
+    """Values to move to: another particle's, or, of few possible ones, the next possible one, which always differs."""
+    fn = site["fn"]
+    if not getattr(fn, "has_enumerate_support", False) or fn.event_dim > 0:
+        return value.roll(-1, 0)
+    support = fn.enumerate_support(expand=False).flatten()
+    if support.numel() < 2:
+        return value.roll(-1, 0)
+    position = (value.unsqueeze(-1) == support).to(torch.uint8).argmax(-1)
+    return support[(position + 1) % support.numel()].to(value)
 
 
 def _first_mixed(

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -74,6 +74,7 @@ class StructureCache:
     """Verdicts by model and guide, held no longer than these; forgotten in copies and pickles."""
 
     def __init__(self) -> None:
+        self._watched: dict[int, Any] = {}
         self._verdicts: dict[Any, dict[tuple[Any, ...], Structure]] = {}
         self._latest: dict[Any, Structure] = {}
         self.enumerated: dict[Any, int] = {}  # nesting of the pairs that one particle leaves to TraceEnum_ELBO
@@ -82,25 +83,33 @@ class StructureCache:
         return StructureCache, ()
 
     def key(self, *parts: Any) -> tuple[Any, ...]:
-        """A key that keeps none of the callables alive and forgets its verdicts when one of them dies."""
-        return tuple(self._reference(p) if callable(p) else p for p in parts)
+        """A key that keeps no model or guide alive, told apart by identity however they compare or hash."""
+        return tuple(self._identity(p) if callable(p) else p for p in parts)
 
-    def _reference(self, fn: Callable[..., Any]) -> Any:
-        # A bound method is a new object at each access, dead at once; WeakMethod follows the object behind it.
-        kind: Any = weakref.WeakMethod if hasattr(fn, "__self__") and hasattr(fn, "__func__") else weakref.ref
-        owner = weakref.ref(self)
+    def _identity(self, fn: Any) -> tuple[int, Any]:
+        # A bound method is a new object at each access, so that the object behind it is what counts.
+        function = getattr(fn, "__func__", None)
+        owner = fn if function is None else fn.__self__
+        if id(owner) not in self._watched:
+            cache = weakref.ref(self)
+            number = id(owner)
 
-        def forget(dead: Any) -> None:
-            cache = owner()
-            if cache is not None:
-                for kept in (cache._latest, cache._verdicts, cache.enumerated):
-                    for key in [k for k in kept if dead in k]:
-                        del kept[key]
+            def forget(dead: Any) -> None:  # before the number can be given to another object
+                kept = cache()
+                if kept is not None:
+                    kept._forget(number)
 
-        try:
-            return kind(fn, forget)
-        except TypeError:  # not weakly referable: a strong key is right too
-            return fn
+            try:
+                self._watched[number] = weakref.ref(owner, forget)
+            except TypeError:  # not weakly referable: kept alive, which is safe too
+                self._watched[number] = owner
+        return id(owner), function
+
+    def _forget(self, number: int) -> None:
+        self._watched.pop(number, None)
+        for kept in (self._latest, self._verdicts, self.enumerated):
+            for key in [k for k in kept if any(isinstance(p, tuple) and p[:1] == (number,) for p in k)]:
+                del kept[key]
 
     def latest(self, key: tuple[Any, ...]) -> Structure | None:
         """The verdict last used for this key."""

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -17,7 +18,7 @@ from pyro.poutine.enum_messenger import EnumMessenger
 from pyro.poutine.guide import GuideMessenger
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import prune_subsample_sites
-from pyro.util import check_model_guide_match
+from pyro.util import check_model_guide_match, check_site_shape
 from torch import Tensor
 
 from pyro_iwae.plates import Site, latent_sites, sample_sites
@@ -148,9 +149,19 @@ def fill_densities(pair: Pair) -> None:
             site["log_prob"] = site["score_parts"].log_prob
         else:
             site["log_prob"] = scale_and_mask(log_prob_of(site), site["scale"], site["mask"])
-        site["log_prob_sum"] = site["log_prob"].sum()
-        if bool(site["log_prob_sum"].isnan()):
+        total = site["log_prob_sum"] = site["log_prob"].sum()
+        if bool(total.isnan()):
             raise ValueError(nan_message(role, name))
+        if bool(total == (math.inf if role == "model" else -math.inf)):
+            raise ValueError(infinity_message(role, name))
+
+
+def require_site_shapes(pair: Pair, max_plate_nesting: Any) -> None:
+    """Raises where a log density has a dimension that no plate accounts for, as Pyro's own ELBOs do."""
+    if is_validation_enabled():
+        for role, _, site in pair.sites():
+            log_prob = log_prob_of(site) if role == "model" else score_parts_of(site).log_prob
+            check_site_shape({**site, "log_prob": log_prob}, max_plate_nesting)
 
 
 def nan_message(role: str, name: str) -> str:
@@ -159,6 +170,12 @@ def nan_message(role: str, name: str) -> str:
         f"log density is NaN at {role} site '{name}'; look at its parameters and its data "
         "(missing values: mask them with poutine.mask or dist.mask)"
     )
+
+
+def infinity_message(role: str, name: str) -> str:
+    """What to say of a density that makes a weight infinite."""
+    sign = "+inf" if role == "model" else "-inf at its own draw"
+    return f"log density is {sign} at {role} site '{name}'; a weight cannot be infinite"
 
 
 def score_parts_of(site: Site) -> Any:

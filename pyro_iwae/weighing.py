@@ -24,7 +24,7 @@ from pyro_iwae.particles import Minibatch, run_particles
 from pyro_iwae.plates import Layout, is_subsampled, latent_sites, own_scale, same_scale
 from pyro_iwae.structure import Structure, StructureCache
 from pyro_iwae.terms import Term, outer_scale, sum_columns, terms_of, weighed_sites
-from pyro_iwae.traces import Pair, nan_message
+from pyro_iwae.traces import Pair, infinity_message, nan_message, require_site_shapes
 
 __all__ = ["Particles", "subsampling_problem", "weigh", "weigh_particles"]
 
@@ -115,6 +115,8 @@ def weigh_particles(
         cache.store(key, structure)
         if structure.run != before:
             pairs = run(structure)
+    for pair in pairs:
+        require_site_shapes(pair, structure.run.depth + (structure.run.particle_dim(num_particles) is not None))
     layout = _common_layout(structure, pairs, num_particles)
     return Particles(weigh(pairs, layout, num_particles), pairs, layout, structure, minibatch)
 
@@ -239,8 +241,7 @@ def _explain_infinite(weights: LogWeights, tables: Sequence[Sequence[Term]]) -> 
             raise ValueError(nan_message(term.role, term.name))
     for term in terms:
         if bool((term.value == math.inf).any()):
-            sign = "+inf" if term.role == "model" else "-inf at its own draw"
-            raise ValueError(f"log density is {sign} at {term.role} site '{term.name}'; a weight cannot be infinite")
+            raise ValueError(infinity_message(term.role, term.name))
     if bool(weights.log_weights.isnan().any()):
         raise ValueError("log weights are NaN although no site's log density is; look for overflow in the model")
     impossible = (weights.log_weights == -math.inf).all(0)

@@ -16,6 +16,7 @@ from pyro import poutine
 from pyro.distributions.testing.fakes import NonreparameterizedNormal
 from pyro.infer import ELBO, SVI, Trace_ELBO, TraceEnum_ELBO
 from pyro.infer.autoguide import AutoNormal
+from pyro.infer.reparam import LocScaleReparam
 from pyro.nn import PyroModule, PyroParam, PyroSample
 from torch import nn
 
@@ -303,6 +304,81 @@ def test_gradients_of_both_losses_are_one(name, double):
     for site, parameter in pyro.get_param_store().named_parameters():
         gradient = torch.zeros(()) if parameter.grad is None else parameter.grad
         torch.testing.assert_close(gradient, expected[site], rtol=1e-10, atol=1e-12)
+
+
+def two_latents():
+    a = pyro.sample("a", dist.Normal(pyro.param("a_loc", torch.tensor(0.3)), 1.0))
+    b = pyro.sample("b", dist.Normal(a, 1.0))
+    return pyro.sample("x", dist.Normal(a + b, 1.0), obs=torch.tensor(0.7))
+
+
+def guide_for(*names):
+    def guide():
+        for name in names:
+            pyro.sample(name, dist.Normal(pyro.param(f"q_{name}", torch.tensor(0.2)), 0.8))
+
+    return guide
+
+
+HANDLED = {
+    "condition": (lambda: poutine.condition(two_latents, data={"b": torch.tensor(1.0)}), guide_for("a")),
+    "do": (lambda: poutine.do(two_latents, data={"b": torch.tensor(1.0)}), guide_for("a", "b")),
+    "uncondition": (lambda: poutine.uncondition(two_latents), guide_for("a", "b", "x")),
+    "lift": (lambda: poutine.lift(two_latents, prior={"a_loc": dist.Normal(0.0, 2.0)}), guide_for("a", "b", "a_loc")),
+    "reparam": (
+        lambda: poutine.reparam(two_latents, config={"b": LocScaleReparam(0.0)}),
+        guide_for("a", "b_decentered"),
+    ),
+    "scale": (lambda: poutine.scale(two_latents, scale=0.3), poutine.scale(guide_for("a", "b"), scale=0.3)),
+    "block and trace": (lambda: poutine.trace(poutine.block(two_latents, hide=["none"])), guide_for("a", "b")),
+    "seed": (lambda: two_latents, pyro.poutine.seed(guide_for("a", "b"), rng_seed=3)),
+    "substitute": (lambda: two_latents, poutine.substitute(guide_for("a", "b"), data={"q_a": torch.tensor(-0.5)})),
+}
+
+
+@pytest.mark.parametrize("name", HANDLED)
+def test_handlers_around_model_or_guide(name, double):
+    """One particle as Trace_ELBO, and three as the densities of three traces, on the same noise."""
+    make, guide = HANDLED[name]
+    model, scale = make(), 0.3 if name == "scale" else 1.0
+    losses = []
+    for elbo in (Trace_ELBO(), ImportanceWeightedELBO(num_particles=1)):
+        pyro.set_rng_seed(1)
+        losses.append(elbo.loss(model, guide))
+    assert losses[0] == pytest.approx(losses[1], rel=1e-12)
+    elbo = ImportanceWeightedELBO(num_particles=3, vectorize_particles=False)
+    elbo.loss(model, guide)
+    pyro.set_rng_seed(2)
+    loss = elbo.loss(model, guide)
+    pyro.set_rng_seed(2)
+    log_w = []
+    for _ in range(3):
+        guide_trace = poutine.trace(guide).get_trace()
+        model_trace = poutine.trace(poutine.replay(model, trace=guide_trace)).get_trace()
+        log_w.append((model_trace.log_prob_sum() - guide_trace.log_prob_sum()) / scale)
+    expected = -scale * (torch.stack(log_w).logsumexp(0) - math.log(3)).item()
+    assert loss == pytest.approx(expected, rel=1e-12)
+    assert math.isfinite(ImportanceWeightedELBO(num_particles=3).loss_and_grads(model, guide))
+
+
+def test_gradients_are_added():
+    """loss_and_grads adds to .grad, as Trace_ELBO does."""
+    elbo = ImportanceWeightedELBO(num_particles=3)
+    grads = []
+    for _ in range(2):
+        pyro.set_rng_seed(2)
+        elbo.loss_and_grads(gaussian_model, gaussian_guide)
+        grads.append(pyro.param("loc").unconstrained().grad.clone())
+    torch.testing.assert_close(grads[1], 2.0 * grads[0])
+
+
+def test_without_gradients():
+    elbo = ImportanceWeightedELBO(num_particles=3)
+    with torch.no_grad():
+        assert math.isfinite(elbo.loss(gaussian_model, gaussian_guide))
+        assert not elbo.bound(gaussian_model, gaussian_guide).requires_grad
+        assert math.isfinite(elbo.loss_and_grads(gaussian_model, gaussian_guide))
+    assert elbo.bound(gaussian_model, gaussian_guide).requires_grad
 
 
 @pytest.mark.parametrize("vectorize", [None, True, False])

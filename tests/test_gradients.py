@@ -16,12 +16,13 @@ import pytest
 import torch
 from pyro import poutine
 from pyro.distributions.testing.fakes import NonreparameterizedNormal
+from pyro.distributions.testing.rejection_exponential import RejectionExponential
 from pyro.infer import Trace_ELBO
 
 from pyro_iwae import ImportanceWeightedELBO, exact, gradients
 from pyro_iwae.logweights import LogWeights, Totals
 from tests.noise import Inject, hermite, outcomes, tiled
-from tests.statistics import assert_mean
+from tests.statistics import assert_mean, assert_same_mean
 
 pytestmark = pytest.mark.usefixtures("double")
 
@@ -444,6 +445,27 @@ def test_mean_pathwise_gradient_with_drawn_noise(pair):
     elbo = ImportanceWeightedELBO(num_particles=10, gradient=gradient, score=score)
     (grads,) = torch.autograd.grad(-elbo.differentiable_loss(case.model, case.guide), offsets)
     assert_mean(grads, slope)
+
+
+@pytest.mark.parametrize("pair", PAIRS)
+def test_a_sampler_by_rejection_has_both_parts(pair):
+    """Partly reparameterised: the score of the acceptance step beside the way through the accepted value."""
+    n, (gradient, score) = 40_000, pair
+    elbo = ImportanceWeightedELBO(num_particles=3, gradient=gradient, score=score)
+    grads = []
+    for family in (dist.Exponential, lambda rate: RejectionExponential(rate, torch.full((n,), 0.5))):
+        rate = torch.full((n,), 1.3, requires_grad=True)
+
+        def model():
+            with pyro.plate("copies", n):
+                pyro.sample("z", dist.Exponential(torch.tensor(2.0)))
+
+        def guide(family=family, rate=rate):
+            with pyro.plate("copies", n):
+                pyro.sample("z", family(rate))
+
+        grads.extend(torch.autograd.grad(elbo.differentiable_loss(model, guide), rate))
+    assert_same_mean(grads[1], grads[0])
 
 
 @pytest.mark.parametrize("num_particles", [1, 2, 7])

@@ -118,6 +118,23 @@ def enumerated_global_model(x=DATA):
         pyro.sample("x", dist.Normal(z, 1.0), obs=x)
 
 
+def markov_model(x=DATA):
+    """Two sequences; their states are summed out, their noise is not."""
+    z = pyro.sample("z", dist.Normal(param("prior", 0.2), 1.0))
+    move = torch.stack([param("stay", 1.0), -param("stay", 1.0)])
+    with pyro.plate("sequences", 2):
+        state = 0
+        for t in pyro.markov(range(3)):
+            sign = 1.0 - 2.0 * torch.as_tensor(state).to(z.dtype)
+            probs = (move * sign.unsqueeze(-1)).softmax(-1)
+            state = pyro.sample(f"s_{t}", dist.Categorical(probs), infer={"enumerate": "parallel"})
+            pyro.sample(f"x_{t}", dist.Normal(2.0 * state + z, 1.0), obs=x[t] * torch.ones(2))
+
+
+def markov_guide(x=DATA):
+    pyro.sample("z", dist.Normal(param("loc", 0.3), 0.8))
+
+
 def subsampled_model(x=DATA):
     with pyro.plate("data", len(x), subsample_size=2) as i:
         z = pyro.sample("z", dist.Normal(param("prior", 0.2), 1.0))
@@ -192,6 +209,17 @@ def auxiliary_guide(x=DATA):
         pyro.sample("z", dist.Delta(2.0 * u, -math.log(2.0) * torch.ones_like(u)))
 
 
+def unsized_model(x=DATA):
+    with pyro.plate("data", dim=-1):
+        z = pyro.sample("z", dist.Normal(param("prior", 0.2).expand(len(x)), 1.0))
+        pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+
+def unsized_guide(x=DATA):
+    with pyro.plate("data", dim=-1):
+        pyro.sample("z", dist.Normal(param("slope", 0.3) * x, 0.8))
+
+
 def tempered_model(x=DATA):
     with poutine.scale(scale=0.25):
         local_model(x)
@@ -210,12 +238,14 @@ PROGRAMS = {
     "mixed": (mixed_model, mixed_guide),
     "enumerated": (enumerated_model, local_guide),
     "enumerated global": (enumerated_global_model, local_guide),
+    "enumerated chain": (markov_model, markov_guide),
     "subsampled": (subsampled_model, subsampled_guide),
     "sequential": (sequential_model, sequential_guide),
     "nested": (nested_model, nested_guide),
     "masked": (masked_model, masked_guide),
     "constant": (constant_model, local_guide),
     "vector": (vector_model, vector_guide),
+    "unsized": (unsized_model, unsized_guide),
     "auxiliary": (local_model, auxiliary_guide),
     "scaled alike": (tempered_model, tempered_guide),
     "tempered": (tempered_model, local_guide),
@@ -279,7 +309,7 @@ def in_plate(fn, size, dim):
 def test_vectorized_trace_elbo_is_the_mean_of_bounds(name):
     """Each outer particle has K inner ones of its own; the same noise as in a plate of copies of model and guide."""
     model, guide = PROGRAMS[name]
-    depth = {"nested": 2, "sequential": 0, "global coin": 1}.get(name, 1)
+    depth = {"nested": 2, "sequential": 0}.get(name, 1)
     posterior = ImportanceResampledGuide(model, guide, 3)
     elbo = Trace_ELBO(num_particles=5, vectorize_particles=True, max_plate_nesting=depth)
     copies = in_plate(model, 5, -depth - 1), in_plate(guide, 5, -depth - 1)
@@ -303,14 +333,14 @@ OTHER_ELBOS = {
 @pytest.mark.parametrize("elbo", OTHER_ELBOS)
 @pytest.mark.parametrize("name", SAMPLED)
 def test_other_elbos_agree(name, elbo):
-    """TraceMeanField_ELBO asks distributions for KL divergences, TraceGraph_ELBO and TraceEnum_ELBO weigh terms apart."""
+    """TraceMeanField_ELBO asks for KL divergences, TraceGraph_ELBO and TraceEnum_ELBO weigh terms apart."""
     model, guide = PROGRAMS[name]
     posterior = ImportanceResampledGuide(model, guide, 3)
     expected = loss_and_gradients(Trace_ELBO(), model, posterior, 1)
     assert_equal_losses(loss_and_gradients(OTHER_ELBOS[elbo], model, posterior, 1), expected)
 
 
-@pytest.mark.parametrize("name", ["enumerated", "enumerated global"])
+@pytest.mark.parametrize("name", ["enumerated", "enumerated global", "enumerated chain"])
 def test_traceenum_elbo_does_not_sum_out_again(name):
     """The guide draws the enumerated sites itself."""
     model, guide = PROGRAMS[name]
@@ -318,6 +348,37 @@ def test_traceenum_elbo_does_not_sum_out_again(name):
     expected = loss_and_gradients(Trace_ELBO(), model, posterior, 1)
     elbo = TraceEnum_ELBO(max_plate_nesting=1, strict_enumeration_warning=False)
     assert_equal_losses(loss_and_gradients(elbo, model, posterior, 1), expected)
+
+
+def test_enumeration_outside_goes_on():
+    """TraceEnum_ELBO sums out another site of model and guide, before and after the inner run's own enumeration."""
+    posterior = ImportanceResampledGuide(enumerated_model, local_guide, 3)
+    prior, q = torch.tensor([0.2, 0.5, 0.3]), torch.tensor([0.3, 0.3, 0.4])
+    likelihoods = dist.Normal(torch.arange(3.0), 1.0).log_prob(torch.tensor(0.5))
+
+    def other_site(probs, name):
+        k = pyro.sample(name, dist.Categorical(probs), infer={"enumerate": "parallel"})
+        return k.to(torch.get_default_dtype())
+
+    def model():
+        before = other_site(prior, "before")
+        pyro.sample("y_before", dist.Normal(before, 1.0), obs=torch.tensor(0.5))
+        enumerated_model()
+        after = other_site(prior, "after")
+        pyro.sample("y_after", dist.Normal(after, 1.0), obs=torch.tensor(0.5))
+        summed = other_site(prior, "summed")
+        pyro.sample("y_summed", dist.Normal(summed, 1.0), obs=torch.tensor(0.5))
+
+    def guide():
+        other_site(q, "before")
+        posterior()
+        other_site(q, "after")
+
+    elbo = TraceEnum_ELBO(max_plate_nesting=1)
+    bound, _ = loss_and_gradients(importance_weighted(3), enumerated_model, local_guide, 1)
+    own = (q * (prior.log() + likelihoods - q.log())).sum()
+    expected = bound - 2.0 * own - (prior.log() + likelihoods).logsumexp(0)
+    assert loss_and_gradients(elbo, model, guide, 1)[0] == pytest.approx(expected.item())
 
 
 @pytest.mark.parametrize("name", PROGRAMS)
@@ -765,7 +826,7 @@ def test_value_inside_an_importance_weighted_elbo():
     assert_mean(bound.exp(), 1.0)
 
 
-@pytest.mark.parametrize("name", ["coin", "mixed", "enumerated", "sequential", "auxiliary"])
+@pytest.mark.parametrize("name", ["coin", "mixed", "enumerated", "enumerated chain", "auxiliary"])
 def test_other_programs_inside_an_importance_weighted_elbo(name):
     """Noise comes in another order here: the value on average."""
     model, guide = PROGRAMS[name]

@@ -516,6 +516,50 @@ def test_a_site_outside_that_a_latent_reaches():
     assert weights.plates == () and weights.constant == {}
 
 
+def test_a_plate_without_a_size():
+    """Its size is read off the sites."""
+
+    def model():
+        with pyro.plate("data", dim=-1):
+            z = pyro.sample("z", dist.Normal(torch.zeros(3), 1.0))
+            normal("x", z, obs=torch.ones(3))
+
+    def guide():
+        with pyro.plate("data", dim=-1):
+            pyro.sample("z", dist.Normal(torch.zeros(3), 1.2))
+
+    weights = ImportanceWeightedELBO(num_particles=K).log_weights(model, guide)
+    assert weights.plates == ("data",) and weights.log_weights.shape == (K, 3) and weights.scale == 1.0
+    losses = []
+    for elbo in (Trace_ELBO(), ImportanceWeightedELBO(num_particles=1)):
+        pyro.set_rng_seed(1)
+        losses.append(elbo.loss(model, guide))
+    assert losses[0] == pytest.approx(losses[1], rel=1e-12)
+
+
+def test_partly_observed_sites():
+    """``obs_mask`` splits a site into an observed and a latent one, each masked where it is not."""
+    mask = torch.tensor([True, False, True])
+
+    def model():
+        with pyro.plate("data", 3):
+            z = normal("z")
+            x = pyro.sample("x", dist.Normal(z, 1.0), obs=torch.ones(3), obs_mask=mask)
+            normal("y", x, obs=torch.zeros(3))
+
+    def guide():
+        with pyro.plate("data", 3):
+            normal("z", 0.2)
+            with poutine.mask(mask=~mask):
+                normal("x_unobserved", 0.1)
+
+    run = Recorded(model, guide)
+    assert run.weights.plates == ("data",)
+    expected = run.log_w("z") + run.log_prob("model", "y")
+    expected = expected + torch.where(mask, run.log_prob("model", "x_observed"), run.log_w("x_unobserved"))
+    close(run.weights.log_weights, expected)
+
+
 # Scales
 
 

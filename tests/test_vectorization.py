@@ -16,7 +16,8 @@ import pyro.distributions as dist
 import pytest
 import torch
 from pyro import poutine
-from pyro.nn import PyroModule
+from pyro.infer.autoguide import AutoNormal
+from pyro.nn import PyroModule, PyroSample
 from torch import nn
 
 from pyro_iwae import ImportanceWeightedELBO, exact
@@ -205,6 +206,40 @@ def test_a_guide_that_cannot_be_vectorised():
 
     with pytest.warns(UserWarning, match="guide site 'z'"):
         ImportanceWeightedELBO(num_particles=3).loss(simple_model, guide)
+
+
+class Network(PyroModule):
+    """A Bayesian neural network in the usual way: nn.Linear cannot take a plate of weights."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = PyroModule[nn.Linear](2, 1)
+        self.layer.weight = PyroSample(dist.Normal(0.0, 1.0).expand([1, 2]).to_event(2))
+        self.layer.bias = PyroSample(dist.Normal(0.0, 1.0).expand([1]).to_event(1))
+
+    def forward(self, x, y=None):
+        mean = self.layer(x).squeeze(-1)
+        with pyro.plate("data", len(x)):
+            return normal("y", mean, obs=y)
+
+
+def test_a_bayesian_network_runs_sequentially(double):
+    x, y = torch.randn(5, 2), torch.randn(5)
+    model = Network()
+    guide = AutoNormal(model)
+    guide(x, y)
+    elbo = ImportanceWeightedELBO(num_particles=3)
+    with pytest.warns(UserWarning, match="one after the other"):
+        elbo.loss(model, guide, x, y)
+    pyro.set_rng_seed(1)
+    loss = elbo.loss(model, guide, x, y)
+    pyro.set_rng_seed(1)
+    log_w = []
+    for _ in range(3):
+        guide_trace = poutine.trace(guide).get_trace(x, y)
+        model_trace = poutine.trace(poutine.replay(model, trace=guide_trace)).get_trace(x, y)
+        log_w.append(model_trace.log_prob_sum() - guide_trace.log_prob_sum())
+    assert loss == pytest.approx(-(torch.stack(log_w).logsumexp(0) - math.log(3)).item(), rel=1e-12)
 
 
 def test_the_gradient_of_a_sequential_run():
