@@ -123,7 +123,11 @@ def report(options):
 def table(result):
     settings, machine, versions = result["settings"], result["machine"], result["versions"]
     draws, particles = settings["draws"], settings["particles"]
-    sample, importance, ratio = result["seconds"]["sample"], result["seconds"]["Importance, extrapolated"], result["ratio"]
+    sample, importance, ratio = (
+        result["seconds"]["sample"],
+        result["seconds"]["Importance, extrapolated"],
+        result["ratio"],
+    )
 
     def cells(values, form):
         return " | ".join(format(values[name], form) for name in ("median", "lower quartile", "upper quartile"))
@@ -132,8 +136,9 @@ def table(result):
         [
             "# Draws against weighted traces",
             "",
-            f"Eight schools, AutoNormal, {draws:,} draws with K = {particles}; as many traces of `pyro.infer.Importance`",
-            f"({draws * particles:,}), extrapolated from {settings['timed traces']:,}. {settings['repeats']} repeats in turns.",
+            f"Eight schools, AutoNormal: {draws:,} draws with K = {particles}, and as many weighted traces",
+            f"({draws * particles:,}) of `pyro.infer.Importance`, extrapolated from {settings['timed traces']:,}.",
+            f"{settings['repeats']} repeats, in turns.",
             "",
             "| seconds | median | lower quartile | upper quartile |",
             "|---|---|---|---|",

@@ -17,6 +17,7 @@ from jaxtyping import Float
 from pyro import poutine
 from pyro.infer import infer_discrete
 from pyro.infer.autoguide import AutoGuide, AutoMessenger
+from pyro.poutine import Trace
 from pyro.poutine.indep_messenger import CondIndepStackFrame
 from pyro.poutine.lift_messenger import LiftMessenger
 from pyro.poutine.messenger import block_messengers
@@ -38,6 +39,7 @@ from pyro_iwae.particles import (
     settable,
     spread_value,
     stacked_latents,
+    stacked_value,
     unchanged_enumeration,
 )
 from pyro_iwae.plates import Layout, Site, latent_sites
@@ -203,7 +205,11 @@ class ImportanceResampledGuide(torch.nn.Module):
         log_p = torch.cat([model_log_density(p, particles.layout) for p in particles.pairs])
         log_p = log_p.expand(particles.weights.log_weights.shape).gather(0, index.unsqueeze(0)).squeeze(0)
         if particles.structure.run.enumerated:
-            drawn, log_p = self._draw_enumerated(particles, chosen, args, kwargs, enclosing)
+            depth, minibatch = particles.structure.run.depth, particles.minibatch
+            trace = self._draw_enumerated(chosen, minibatch, depth, args, kwargs, enclosing)
+            drawn = dict(latent_sites(trace))
+            layout = Layout(particles.layout.plates, None)
+            log_p = joint_log_density(trace, particles.pairs[0].guide, layout).squeeze(0)
             sites |= drawn
             chosen |= {n: s["value"] for n, s in drawn.items()}
         bound = _differentiable_bound(particles.weights)
@@ -211,24 +217,44 @@ class ImportanceResampledGuide(torch.nn.Module):
 
     def _draw_enumerated(
         self,
-        particles: Particles,
         chosen: Mapping[str, Tensor],
+        minibatch: Minibatch,
+        depth: int,
         args: tuple[Any, ...],
         kwargs: Mapping[str, Any],
         enclosing: Sequence[CondIndepStackFrame],
-    ) -> tuple[dict[str, Site], Tensor]:
-        """Draws the sites that were summed out from p(c | z, x); returns them and log p(x, z, c)."""
-        depth = particles.structure.run.depth
+    ) -> Trace:
+        """A model trace at these latents in which the sites that were summed out are drawn from p(c | z, x)."""
 
         def given_latents(*args: Any, **kwargs: Any) -> Any:  # infer_discrete hides all that is further out
-            with particles.minibatch:
+            with minibatch:
                 return poutine.condition(EnclosingPlates(enclosing)(self.model), dict(chosen))(*args, **kwargs)
 
         with unchanged_enumeration():
             drawing = infer_discrete(given_latents, first_available_dim=-depth - 1)
-            trace = poutine.trace(drawing).get_trace(*args, **kwargs)
-        layout = Layout(particles.layout.plates, None)
-        return dict(latent_sites(trace)), joint_log_density(trace, particles.pairs[0].guide, layout).squeeze(0)
+            return poutine.trace(drawing).get_trace(*args, **kwargs)
+
+    def _all_values(
+        self, particles: Particles, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> tuple[dict[str, Tensor], dict[str, Site]]:
+        """The model's latents in all particles, ``(particles, *site shape)``; enumerated ones drawn for each."""
+        values, sites = _of_model(*_latents(particles))
+        run, count = particles.structure.run, particles.weights.num_particles
+        if not run.enumerated:
+            return values, sites
+        dim = run.particle_dim(count)
+        if dim is None:
+            rows = [{n: v[k] for n, v in values.items()} for k in range(count)]
+            traces = [self._draw_enumerated(row, particles.minibatch, run.depth, args, kwargs, ()) for row in rows]
+        else:
+            frame = CondIndepStackFrame(f"_importance_particles_{-dim}", dim, count, 0)
+            spread = {n: spread_value(v, sites[n], run) for n, v in values.items()}
+            traces = [self._draw_enumerated(spread, particles.minibatch, -dim, args, kwargs, (frame,))]
+        for name, site in latent_sites(traces[0]):
+            sites[name] = site
+            same = [t.nodes[name] for t in traces]
+            values[name] = stacked_value(same, particle_dim=dim, num_particles=count)
+        return values, sites
 
     def _density_at(
         self,
@@ -340,9 +366,9 @@ class ImportanceResampledGuide(torch.nn.Module):
         """E[fn(z)] under q_EW by weighting: sum_k v_k fn(z_k), without the noise of resampling.
 
         Args:
-            fn: takes what :meth:`sample` returns for K draws, a dict of ``(K, *site shape)``, and returns
-                ``(K, *shape)``. With independent plates each element is weighed by itself, so fn must keep their
-                dimensions apart.
+            fn: takes what :meth:`sample` returns for K draws, a dict of ``(K, *site shape)`` (enumerated sites
+                drawn for each), and returns ``(K, *shape)``. With independent plates each element is weighed by
+                itself, so fn must keep their dimensions apart.
             args: passed to model and guide.
             num_batches: batches of K particles to average over.
             kwargs: passed to model and guide.
@@ -357,7 +383,7 @@ class ImportanceResampledGuide(torch.nn.Module):
         with torch.no_grad(), poutine.block():
             for _ in range(as_count("num_batches", num_batches)):
                 particles = self._particles(args, kwargs, (), self.num_particles)
-                values, sites = _of_model(*_latents(particles))
+                values, sites = self._all_values(particles, args, kwargs)
                 total = total + weighted_mean(fn, values, sites, particles.weights, particles.layout)
         return torch.as_tensor(total / num_batches)
 

@@ -264,7 +264,9 @@ class _Inspection:
         try:
             return _tables(self.particles(count, run, own), layout)
         except (NotImplementedError, KeyError):  # a flow without an inverse cannot be asked for a density
-            pairs = self._run(_stand_in(sites), count, run, spread)
+            together = run.particle_dim(count) is not None
+            shaped = {n: v if together else v[0] for n, v in spread.items()}
+            pairs = self._run(_stand_in(sites, shaped), count, run, spread)
             return {k: t for k, t in _tables(pairs, layout).items() if k[0] == "model"}
 
     def _values(self, pairs: Sequence[Pair], run: Run, count: int) -> dict[str, Tensor]:
@@ -292,12 +294,12 @@ def _tables(pairs: Sequence[Pair], layout: Layout) -> dict[tuple[str, str], Term
     }
 
 
-def _stand_in(sites: Mapping[str, Site]) -> Callable[..., None]:
-    """A guide that only holds the sites; their values are given to it."""
+def _stand_in(sites: Mapping[str, Site], values: Mapping[str, Tensor]) -> Callable[..., None]:
+    """A guide that only holds the sites, each with a value of the right shape; others can be given to it."""
 
     def guide(*args: Any, **kwargs: Any) -> None:
         for name, site in sites.items():
-            pyro.sample(name, Drawn(site["value"], event_dim=site["fn"].event_dim), infer=site["infer"])
+            pyro.sample(name, Drawn(values[name], event_dim=site["fn"].event_dim), infer=site["infer"])
 
     return guide
 

@@ -97,6 +97,8 @@ def run_pair(
     pair = Pair(prune_subsample_sites(model_trace), prune_subsample_sites(guide_trace))
     if matched:
         require_match(pair)
+        for role, _, site in pair.sites():  # now, while a flow without an inverse still knows what it drew
+            log_prob_of(site) if role == "model" else score_parts_of(site)
     return pair
 
 

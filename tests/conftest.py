@@ -6,6 +6,7 @@
 import hashlib
 import os
 
+import jaxtyping
 import pyro
 import pytest
 import torch
@@ -63,3 +64,11 @@ def double():
     torch.set_default_dtype(torch.float64)
     yield
     torch.set_default_dtype(before)
+
+
+@pytest.fixture
+def unchecked():
+    """Without the type checks that only a test run has: what users see of a wrong type, or of a random stream."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)

@@ -4,17 +4,17 @@
 """Statistical assertions whose tolerance follows from a stated false-alarm rate, never from a hand-picked number."""
 
 import math
-from statistics import NormalDist
 
 import torch
+from scipy.stats import t as student
 
 FALSE_ALARM = 1e-6  # probability that one such assertion fails by chance, whatever the seed
-MIN_DRAWS = 400  # below that the normal law of a mean is not to be relied on so far out in its tails
+MIN_DRAWS = 100  # below that a mean's own law is not to be relied on so far out in its tails
 
 
-def limit(count=1, false_alarm=FALSE_ALARM):
-    """The |z| that the largest of ``count`` standard normals exceeds with probability ``false_alarm`` at most."""
-    return NormalDist().inv_cdf(1 - false_alarm / (2 * count))
+def limit(draws, count=1, false_alarm=FALSE_ALARM):
+    """What the largest of ``count`` |t| statistics exceeds with probability ``false_alarm`` at most."""
+    return float(student.ppf(1 - false_alarm / (2 * count), draws - 1))
 
 
 def assert_mean(draws, expected):
@@ -22,11 +22,11 @@ def assert_mean(draws, expected):
 
     Fails by chance with probability FALSE_ALARM. Coordinates that never vary must equal what is expected.
     """
-    assert len(draws) >= MIN_DRAWS, f"{len(draws)} draws are too few for the normal law, {MIN_DRAWS} needed"
+    assert len(draws) >= MIN_DRAWS, f"{len(draws)} draws are too few, {MIN_DRAWS} needed"
     draws = draws.detach().double()
     expected = torch.as_tensor(expected).detach().double().expand(draws.shape[1:])
     error, std_error = draws.mean(0) - expected, draws.std(0) / math.sqrt(len(draws))
-    bound = limit(error.numel()) * std_error + 1e-6 * (1.0 + expected.abs())  # rounding of float32 draws
+    bound = limit(len(draws), error.numel()) * std_error + 1e-6 * (1.0 + expected.abs())  # rounding of float32
     worst = (error.abs() / bound).max().item()
     assert worst < 1.0, f"{worst:.2f} times the limit: got {draws.mean(0)}, expected {expected}, error {std_error}"
 
@@ -37,7 +37,8 @@ def assert_same_mean(draws, others):
     draws, others = draws.detach().double(), others.detach().double()
     error = draws.mean(0) - others.mean(0)
     std_error = (draws.var(0) / len(draws) + others.var(0) / len(others)).sqrt()
-    bound = limit(error.numel()) * std_error + 1e-6 * (1.0 + others.mean(0).abs())
+    fewest = min(len(draws), len(others))
+    bound = limit(fewest, error.numel()) * std_error + 1e-6 * (1.0 + others.mean(0).abs())
     worst = (error.abs() / bound).max().item()
     assert worst < 1.0, f"{worst:.2f} times the limit: got {draws.mean(0)} and {others.mean(0)}, error {std_error}"
 
@@ -46,7 +47,7 @@ def assert_mean_below(draws, ceiling):
     """The mean of draws is below the ceiling by more than chance explains (shown at FALSE_ALARM)."""
     assert len(draws) >= MIN_DRAWS
     draws = draws.detach().double()
-    upper = draws.mean(0) + limit() * draws.std(0) / math.sqrt(len(draws))
+    upper = draws.mean(0) + limit(len(draws)) * draws.std(0) / math.sqrt(len(draws))
     assert bool((upper < ceiling).all()), f"mean is {draws.mean(0)}, at most {upper}, not below {ceiling}"
 
 

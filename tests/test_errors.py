@@ -69,7 +69,7 @@ def methods(elbo):
 
 @pytest.mark.parametrize("value, kind", [(0, ValueError), (-1, ValueError), (2.5, TypeError), (True, TypeError),
                                          ("3", TypeError), (None, TypeError), (3.0, TypeError)])  # fmt: skip
-def test_num_particles(value, kind):
+def test_num_particles(value, kind, unchecked):
     """Less than one, or not a whole number; also when it is set later."""
     with pytest.raises(kind, match=r"expected num_particles .*got (?s:.*)"):
         ImportanceWeightedELBO(num_particles=value)
@@ -84,7 +84,7 @@ def test_num_particles(value, kind):
             elbo.num_particles = 2
 
 
-def test_whole_numbers_of_other_kinds():
+def test_whole_numbers_of_other_kinds(unchecked):
     for value in (torch.tensor(4), __import__("numpy").int64(4)):
         elbo = ImportanceWeightedELBO(num_particles=value)
         assert elbo.num_particles == 4 and elbo.log_weights(model, guide).num_particles == 4
@@ -92,14 +92,14 @@ def test_whole_numbers_of_other_kinds():
 
 @pytest.mark.parametrize("name, value", [("vectorize_particles", "yes"), ("vectorize_particles", 2),
                                          ("gradient", "pathwise"), ("score", VIMCO), ("gradient", Pathwise)])  # fmt: skip
-def test_options_of_the_wrong_type(name, value):
+def test_options_of_the_wrong_type(name, value, unchecked):
     with pytest.raises(TypeError, match=f"expected {name} to be"):
         ImportanceWeightedELBO(**{name: value})
 
 
 @pytest.mark.parametrize("num_particles", K)
 @pytest.mark.parametrize("bad", [None, 3, "model", DATA])
-def test_not_callable(num_particles, bad):
+def test_not_callable(num_particles, bad, unchecked):
     elbo = ImportanceWeightedELBO(num_particles)
     for method in methods(elbo):
         with raises_cleanly(elbo, TypeError, "expected model to be callable"):

@@ -339,7 +339,7 @@ def test_density_of_an_autoguide_that_is_not_known(name, double):
     posterior = ImportanceResampledGuide(regression, guide, 3)
     draws = posterior.sample(2, X)
     assert {n: v.shape for n, v in draws.items()} == {n: (2, *s) for n, s in SHAPES.items()}
-    with pytest.raises(NotImplementedError, match=type(guide).__name__):
+    with pytest.raises(NotImplementedError, match="density"):
         posterior.log_density(draws, X)
 
 

@@ -335,7 +335,7 @@ def test_a_site_that_mixes_elements_costs_the_plate_its_independence(name, where
 
 @pytest.mark.parametrize("vectorize", [None, False])
 @pytest.mark.parametrize("n", [2, 3, 5, 9])
-def test_a_swap_of_any_two_elements_is_found(n, vectorize):
+def test_a_swap_of_any_two_elements_is_found(n, vectorize, unchecked):
     """Of whichever two: every pair of elements comes apart in some hybrid of the mixing check."""
     for i in range(n):
         for j in range(i):
@@ -379,7 +379,7 @@ def test_one_of_two_plates_is_mixed():
 
 @pytest.mark.parametrize("probability", [0.5, 0.02])
 @pytest.mark.parametrize("vectorize", [None, False])
-def test_mixing_of_discrete_latents_is_found(probability, vectorize):
+def test_mixing_of_discrete_latents_is_found(probability, vectorize, unchecked):
     """Also where most particles of a check are alike: in the end, and for good, the plate is not independent."""
 
     def model():
@@ -391,8 +391,8 @@ def test_mixing_of_discrete_latents_is_found(probability, vectorize):
         with pyro.plate("data", 3):
             pyro.sample("z", dist.Bernoulli(torch.tensor(probability)))
 
-    elbo = ImportanceWeightedELBO(num_particles=8, vectorize_particles=vectorize)
-    for _ in range(400):
+    elbo = ImportanceWeightedELBO(num_particles=2, vectorize_particles=vectorize)
+    for _ in range(60):
         weights = elbo.log_weights(model, guide)
     assert weights.plates == ()
 
@@ -415,7 +415,7 @@ def test_mixing_of_coins_in_sequential_particles(seed):
 
 
 @pytest.mark.parametrize("vectorize", [None, False])
-def test_every_latent_must_have_differed_in_a_conclusive_check(vectorize):
+def test_every_latent_must_have_differed_in_a_conclusive_check(vectorize, unchecked):
     """The one that mixes may be the same in all particles of a check while the other one differs."""
 
     def model():
@@ -429,9 +429,9 @@ def test_every_latent_must_have_differed_in_a_conclusive_check(vectorize):
             normal("u", 0.2)
             pyro.sample("z", dist.Bernoulli(torch.tensor(0.1)))
 
-    for _ in range(10):
-        elbo = ImportanceWeightedELBO(num_particles=8, vectorize_particles=vectorize)
-        for _ in range(40):
+    for _ in range(8):
+        elbo = ImportanceWeightedELBO(num_particles=2, vectorize_particles=vectorize)
+        for _ in range(20):
             weights = elbo.log_weights(model, guide)
         assert weights.plates == ()
 
@@ -456,8 +456,10 @@ def test_deterministic_that_mixes():
         pyro.deterministic("mean", z.mean(-1))
 
     weights = ImportanceWeightedELBO(num_particles=K).log_weights(model, guide_of(flat))
-    assert weights.plates == ("data",) and weights.constant == {} or all(
-        bool((v == 0.0).all()) for v in weights.constant.values()
+    assert (
+        weights.plates == ("data",)
+        and weights.constant == {}
+        or all(bool((v == 0.0).all()) for v in weights.constant.values())
     )
 
 
@@ -639,7 +641,10 @@ def test_a_scale_around_model_and_guide_alike_multiplies_the_loss():
 
 def test_a_scale_around_the_model_alone_tempers():
     run = Recorded(poutine.scale(subsampled(), scale=0.3), subsampled_guide())
-    close(run.weights.log_weights, 0.3 * (run.log_prob("model", "z") + run.log_prob("model", "x")) - run.log_prob("guide", "z"))
+    close(
+        run.weights.log_weights,
+        0.3 * (run.log_prob("model", "z") + run.log_prob("model", "x")) - run.log_prob("guide", "z"),
+    )
     assert run.weights.tempered and run.weights.scale == 4.0
 
 

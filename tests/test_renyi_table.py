@@ -15,7 +15,7 @@ from pyro.infer.autoguide import AutoIAFNormal, AutoMultivariateNormal
 from pyro_iwae import ImportanceWeightedELBO, exact
 from tests.statistics import assert_mean, assert_mean_above, assert_mean_below, assert_same_mean
 
-pytestmark = pytest.mark.usefixtures("double")
+pytestmark = pytest.mark.usefixtures("double", "unchecked")
 
 
 def renyi(num_particles, **options):
@@ -23,7 +23,7 @@ def renyi(num_particles, **options):
     return RenyiELBO(alpha=0, num_particles=num_particles, **options)
 
 
-def bounds(elbo, model, guide, draws=400):
+def bounds(elbo, model, guide, draws=150):
     """Minus the loss, drawn anew."""
     elbo.loss(model, guide)
     return torch.tensor([-elbo.loss(model, guide) for _ in range(draws)])
@@ -109,7 +109,7 @@ def test_deterministic_outside_the_plate():
     elbo = ImportanceWeightedELBO(num_particles=k)
     assert elbo.log_weights(model, case.guide).plates == ("data",)
     assert_mean(bounds(elbo, model, case.guide), case.bound(k).sum())
-    assert_mean_below(bounds(renyi(k), model, case.guide), case.bound(k).sum() - 0.5)
+    assert_mean_below(bounds(renyi(k), model, case.guide, 400), case.bound(k).sum() - 0.5)
 
 
 def test_latents_and_data_in_plates_of_two_names():
@@ -129,7 +129,7 @@ def test_latents_and_data_in_plates_of_two_names():
     elbo = ImportanceWeightedELBO(num_particles=k)
     assert elbo.log_weights(model, guide).plates == ("za",)
     assert_mean(bounds(elbo, model, guide), case.bound(k).sum())
-    assert_mean_below(bounds(renyi(k), model, guide), case.bound(k).sum() - 0.5)
+    assert_mean_below(bounds(renyi(k), model, guide, 400), case.bound(k).sum() - 0.5)
 
 
 @pytest.mark.parametrize("vectorize", [True, False])
