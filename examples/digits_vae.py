@@ -9,7 +9,7 @@ posterior as a Pyro guide. Here it reconstructs digits, fills the missing half o
 "Reinterpreting Importance-Weighted Autoencoders" (Cremer, Morris, Duvenaud 2017, https://arxiv.org/abs/1704.02916).
 
     python examples/digits_vae.py                                  # about two minutes on two cores
-    python examples/digits_vae.py --data train-images-idx3-ubyte.gz    # MNIST, also as mnist.npz
+    python examples/digits_vae.py --data train-images-idx3-ubyte.gz    # MNIST, also as mnist.npz: half an hour
 
 The data are scikit-learn's 1797 digits of 8 x 8 pixels with values 0..16: Binomial(16). MNIST's 0..255 are made binary
 once, each pixel 1 with probability value/255 (Burda, Grosse, Salakhutdinov 2016): Binomial(1), that is Bernoulli.
@@ -56,10 +56,10 @@ def scikit_digits(seed):
 
 
 def mnist_digits(path, seed):
-    """Binary training digits, 360 held out, 1 level."""
+    """Binary training digits, 200 held out (of more, for time), 1 level."""
     draw = torch.Generator().manual_seed(seed)
     train, test = ((x / 255).bernoulli(generator=draw).flatten(1) for x in read_mnist(path))
-    return train, test[:360], 1
+    return train, test[:200], 1
 
 
 # %%

@@ -12,13 +12,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import pyro
+from pyro import poutine
 from pyro.poutine.indep_messenger import CondIndepStackFrame
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
 from pyro_iwae.particles import ENCLOSING, Drawn
-from pyro_iwae.plates import Site, sample_sites
+from pyro_iwae.plates import Site, own_scale, sample_sites
 from pyro_iwae.weighing import Particles
 
 __all__ = ["Boundary", "Emission", "Selection"]
@@ -59,14 +60,26 @@ class Emission:
         emitted = {}
         for name, value in self.selection.values.items():
             site = self.selection.sites[name]
-            with self._within(site["cond_indep_stack"]):
+            prior: Site = self.model_trace.nodes.get(name, site)
+            scale, mask = self._alike(own_scale(prior)), self._alike(prior["mask"])
+            with ExitStack() as stack:  # its density is 0, but other ELBOs compare the scales and masks of both sides
+                stack.enter_context(self._within(site["cond_indep_stack"]))
+                if scale is not None:
+                    stack.enter_context(poutine.scale(scale=scale))
+                if mask is not None:
+                    stack.enter_context(poutine.mask(mask=mask))
                 emitted[name] = pyro.sample(name, Drawn(value, event_dim=site["fn"].event_dim))
         return emitted
+
+    def _alike(self, value: Any) -> Any:
+        """A scale or mask of the inner run's site, unless it differs from particle to particle."""
+        dim = self.layout.particle_dim
+        varies = isinstance(value, Tensor) and dim is not None and value.dim() >= -dim and value.shape[dim] > 1
+        return None if varies else value
 
     def density(self, log_density: Tensor) -> None:
         """Emits log q~ as one factor for each element of the independent plates."""
         common = self.weights.scale / self.layout.scale  # a poutine.scale around model and guide alike
-        log_density = log_density * common
         name = "_importance_density_" + next(iter(self.selection.values), "")
         if name in self.model_trace.nodes:
             raise ValueError(f"expected a model without a site '{name}', which holds this guide's density; rename it")
@@ -76,7 +89,7 @@ class Emission:
         dims = dict(zip(self.layout.dims, log_density.shape[len(self.layout.sequential) :], strict=True))
         batch = [dims.get(d, 1) for d in range(min(dims, default=0), 0)]
         for element in itertools.product(*(range(p.size) for p in self.layout.sequential)):
-            with self._within(_at_element(frames, element)):
+            with self._within(_at_element(frames, element)), poutine.scale(scale=common):
                 suffix = "".join(f"_{i}" for i in element)
                 pyro.factor(name + suffix, log_density[element].reshape(batch), has_rsample=True)
 

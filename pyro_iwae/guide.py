@@ -150,7 +150,8 @@ class ImportanceResampledGuide(torch.nn.Module):
                 selection = self._density_at(emitted, particles, args, kwargs, enclosing)
         with particles.minibatch:
             emit.density(selection.log_density)
-            emit.plates()
+            if particles.structure.run.vectorized:  # else no plate can go around it
+                emit.plates()
         return emitted
 
     def _set_up(
@@ -200,7 +201,8 @@ class ImportanceResampledGuide(torch.nn.Module):
         kwargs: Mapping[str, Any],
         enclosing: Sequence[CondIndepStackFrame],
     ) -> Selection:
-        sites = dict(latent_sites(particles.pairs[0].guide))
+        one_each = not particles.layout.plates and len(particles.pairs) > 1  # sites may differ between particles
+        sites = dict(latent_sites(particles.pairs[int(index) if one_each else 0].guide))
         chosen = {n: v.squeeze(0) for n, v in _select_latents(particles, index).items()}
         log_p = torch.cat([model_log_density(p, particles.layout) for p in particles.pairs])
         log_p = log_p.expand(particles.weights.log_weights.shape).gather(0, index.unsqueeze(0)).squeeze(0)
@@ -291,7 +293,14 @@ class ImportanceResampledGuide(torch.nn.Module):
                 "draws these beside the model's latents, so that its density at given latents is not known"
             )
         values = {n: _as_run(known[n], s, first.structure, enclosing, count) for n, s in sites.items()}
-        at = self._particles(args, kwargs, enclosing, count, values=values, minibatch=minibatch)
+        try:
+            at = self._particles(args, kwargs, enclosing, count, values=values, minibatch=minibatch)
+        except (KeyError, NotImplementedError) as error:  # a flow without an inverse
+            raise NotImplementedError(
+                "expected a guide that can be asked for its density at given latents, got "
+                f"{type(self.guide).__name__}, whose flow has no inverse; use one that has (AutoIAFNormal), or "
+                "expectation() and sample()"
+            ) from error
         _require_reached(draws, at)
         summed_out = {n: v for n, v in draws.items() if n not in dict(latent_sites(at.pairs[0].guide))}
         pairs = self._at_enumerated(summed_out, values, at, args, kwargs, enclosing) if summed_out else at.pairs
@@ -518,7 +527,8 @@ def _as_run(
     value: Tensor, site: Site, structure: Structure, enclosing: Sequence[CondIndepStackFrame], count: int
 ) -> Tensor:
     """Values at given draws, ``(draws, *site shape)``, as a run of that many particles wants them."""
-    event_shape, batch_dims = site["fn"].event_shape, structure.batch_dims[site["name"]]
+    event_shape = site["fn"].event_shape
+    batch_dims = structure.batch_dims.get(site["name"], len(site["fn"].batch_shape))
     if value.dim() - 1 - len(event_shape) != batch_dims:  # a joint guide's one latent
         sizes = {f.dim: f.size for f in enclosing}
         value = value.reshape(count, *(sizes.get(d, 1) for d in range(-batch_dims, 0)), *event_shape)

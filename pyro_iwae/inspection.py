@@ -78,6 +78,7 @@ def inspect(
     vectorize: bool | None,
     max_plate_nesting: float = math.inf,
     enclosing: Sequence[CondIndepStackFrame] = (),
+    minibatch: Minibatch | None = None,
 ) -> Structure:
     """Runs model and guide a few times, leaving no trace of it, and returns the verdict.
 
@@ -89,9 +90,12 @@ def inspect(
         vectorize: True and False force; None finds out.
         max_plate_nesting: as for ``Trace_ELBO``; infinity finds out.
         enclosing: plates to run in.
+        minibatch: indices that are settled already.
     """
     with unchanged_state() as modules, poutine.block():
-        return _Inspection(model, guide, args, kwargs, enclosing, modules).verdict(vectorize, max_plate_nesting)
+        inspection = _Inspection(model, guide, args, kwargs, enclosing, modules)
+        inspection.minibatch.indices.update({} if minibatch is None else minibatch.indices)
+        return inspection.verdict(vectorize, max_plate_nesting)
 
 
 class _Inspection:
@@ -196,7 +200,10 @@ class _Inspection:
         if together.keys() != alone.keys():
             names = sorted({n for _, n in together.keys() ^ alone.keys()})
             return f"sites {names} appear in only one of a vectorised and a sequential run"
-        faulty = [k for k, t in alone.items() if not _close(t.value, together[k].value, loose=True)]
+        drawn = [v.dtype for v in values.values() if v.is_floating_point()]
+        parameters = [p.dtype for m in self.modules for p in m.parameters() if p.is_floating_point()]
+        eps = max((torch.finfo(t).eps for t in drawn + parameters), default=0.0)  # the coarsest on the way
+        faulty = [k for k, t in alone.items() if not _close(t.value, together[k].value, loose=True, eps=eps)]
         if not faulty:
             return None
         again = self._replay(pairs, values, narrow, count, Layout())
@@ -366,7 +373,7 @@ def _first_mixed(
     return None
 
 
-def _close(a: Tensor, b: Tensor, *, loose: bool = False) -> bool:
+def _close(a: Tensor, b: Tensor, *, loose: bool = False, eps: float = 0.0) -> bool:
     """Equal to rounding; ``loose`` allows for sums taken in another order."""
     a, b = torch.broadcast_tensors(a.detach(), b.detach().to(a))
     finite = a.isfinite() & b.isfinite()
@@ -375,5 +382,5 @@ def _close(a: Tensor, b: Tensor, *, loose: bool = False) -> bool:
     a, b = a[finite], b[finite]
     if a.numel() == 0:
         return True
-    tolerance = torch.finfo(a.dtype).eps * (1e4 if loose else 2e2)
+    tolerance = max(eps, torch.finfo(a.dtype).eps) * (1e4 if loose else 2e2)
     return bool(((a - b).abs() <= tolerance * (1.0 + torch.maximum(a.abs(), b.abs()).max())).all())

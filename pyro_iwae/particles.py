@@ -31,7 +31,8 @@ class Drawn(Delta):
     """A value whose density a factor beside it carries, so that its own is 0 wherever it is asked."""
 
     def log_prob(self, x: Tensor) -> Tensor:
-        return self.log_density.expand(x.shape[: x.dim() - self.event_dim])
+        zero = torch.zeros((), dtype=x.dtype if x.is_floating_point() else None, device=x.device)
+        return zero.expand(x.shape[: x.dim() - self.event_dim])
 
 
 class Minibatch(Messenger):

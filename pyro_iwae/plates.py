@@ -11,6 +11,7 @@ another run of the model and is settled in ``inspection.py``.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -203,8 +204,13 @@ def signature(model_trace: Trace, guide_trace: Trace, particle_dim: int | None =
         stack = site["cond_indep_stack"]
         return tuple(frame_signature(f) for f in stack if particle_dim is None or f.dim != particle_dim)
 
+    def label(name: str, site: Site) -> str:
+        """The name; without its numbers in a sequential plate, where they tell the element."""
+        looped = any(not f.vectorized for f in site["cond_indep_stack"])
+        return re.sub(r"\d+", "#", name) if looped else name
+
     return tuple(
-        (name, site["is_observed"], site["infer"].get("enumerate"), frames_of(site))
+        (label(name, site), site["is_observed"], site["infer"].get("enumerate"), frames_of(site))
         for trace in (model_trace, guide_trace)
         for name, site in sample_sites(trace)
     )

@@ -41,6 +41,9 @@ def auxiliary_values(guide: Callable[..., Any], values: Mapping[str, Tensor]) ->
             if name in values
         }
     if isinstance(guide, AutoContinuous):
+        missing = [n for n, _ in guide.prototype_trace.iter_stochastic_nodes() if n not in values]
+        if missing:
+            raise ValueError(f"expected values for all latents of {type(guide).__name__}, got none for {missing}")
         flat: list[Tensor] = []
         for name, site in guide.prototype_trace.iter_stochastic_nodes():
             inverse = biject_to(site["fn"].support).inv

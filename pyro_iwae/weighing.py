@@ -77,9 +77,16 @@ def weigh_particles(
 
     def look() -> Structure:
         structure = inspect(
-            model, guide, args, kwargs, vectorize=vectorize, max_plate_nesting=max_plate_nesting, enclosing=enclosing
+            model,
+            guide,
+            args,
+            kwargs,
+            vectorize=vectorize,
+            max_plate_nesting=max_plate_nesting,
+            enclosing=enclosing,
+            minibatch=minibatch,
         )
-        _announce(structure, num_particles, warn_of_enumeration, cache.latest(key))
+        structure = _announce(structure, num_particles, warn_of_enumeration, cache.latest(key))
         attempts = 1 if known is None else known.attempts + 1
         structure = replace(structure, probe=None, attempts=attempts)
         cache.store(key, structure)
@@ -135,8 +142,8 @@ def _common_layout(structure: Structure, pairs: Sequence[Pair], num_particles: i
     return layout.keeping(())
 
 
-def _announce(structure: Structure, num_particles: int, of_enumeration: bool, known: Structure | None) -> None:
-    """Warns of what the verdict found, unless the last one said the same."""
+def _announce(structure: Structure, num_particles: int, of_enumeration: bool, known: Structure | None) -> Structure:
+    """Warns of what the verdict found, unless the last one said the same; returns it with all that was said."""
     messages = list(structure.messages)
     if of_enumeration and num_particles > 1 and structure.probe is not None:
         names = [n for n, s in latent_sites(structure.probe.guide) if s["infer"].get("enumerate")]
@@ -149,6 +156,7 @@ def _announce(structure: Structure, num_particles: int, of_enumeration: bool, kn
     for message in messages:
         if known is None or message not in known.messages:
             warnings.warn(message, UserWarning, stacklevel=4)
+    return replace(structure, messages=tuple(messages))
 
 
 def weigh(pairs: Sequence[Pair], layout: Layout, num_particles: int) -> LogWeights:

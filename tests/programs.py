@@ -113,13 +113,13 @@ class Program:
         for spec in self.latents + self.observations:
             shape = [self.plate[n].size if n in spec.plates else 1 for n in self.plate]
             event = [2] if spec.family == "vector" else []
-            found[spec.name] = pyro.param(f"p_{spec.name}", lambda d=draw(*event): d)
+            found[spec.name] = pyro.param(f"p_{spec.name}", draw(*event))
             if spec in self.latents:
-                found[f"q_{spec.name}"] = pyro.param(f"q_{spec.name}", lambda d=draw(*shape, *event): d)
+                found[f"q_{spec.name}"] = pyro.param(f"q_{spec.name}", draw(*shape, *event))
             coin = spec.family == "coin"
             data = draw(*shape, *event)
             found[f"x_{spec.name}"] = (data > 0).to(data) if coin else data
-        found["q_joint"] = pyro.param("q_joint", lambda d=draw(2, self.joint_size()): d)
+        found["q_joint"] = pyro.param("q_joint", draw(2, self.joint_size()))
         return found
 
     def joint_size(self):

@@ -67,8 +67,18 @@ def methods(elbo):
 # Options
 
 
-@pytest.mark.parametrize("value, kind", [(0, ValueError), (-1, ValueError), (2.5, TypeError), (True, TypeError),
-                                         ("3", TypeError), (None, TypeError), (3.0, TypeError)])  # fmt: skip
+@pytest.mark.parametrize(
+    "value, kind",
+    [
+        (0, ValueError),
+        (-1, ValueError),
+        (2.5, TypeError),
+        (True, TypeError),
+        ("3", TypeError),
+        (None, TypeError),
+        (3.0, TypeError),
+    ],
+)
 def test_num_particles(value, kind, unchecked):
     """Less than one, or not a whole number; also when it is set later."""
     with pytest.raises(kind, match=r"expected num_particles .*got (?s:.*)"):
@@ -90,8 +100,16 @@ def test_whole_numbers_of_other_kinds(unchecked):
         assert elbo.num_particles == 4 and elbo.log_weights(model, guide).num_particles == 4
 
 
-@pytest.mark.parametrize("name, value", [("vectorize_particles", "yes"), ("vectorize_particles", 2),
-                                         ("gradient", "pathwise"), ("score", VIMCO), ("gradient", Pathwise)])  # fmt: skip
+@pytest.mark.parametrize(
+    "name, value",
+    [
+        ("vectorize_particles", "yes"),
+        ("vectorize_particles", 2),
+        ("gradient", "pathwise"),
+        ("gradient", Pathwise),
+        ("score", VIMCO),
+    ],
+)
 def test_options_of_the_wrong_type(name, value, unchecked):
     with pytest.raises(TypeError, match=f"expected {name} to be"):
         ImportanceWeightedELBO(**{name: value})
@@ -378,7 +396,7 @@ def test_a_slope_that_is_not_finite_at_an_impossible_particle():
             normal("z", pyro.param("phi", torch.tensor(0.5)))
 
     elbo = ImportanceWeightedELBO(num_particles=30)
-    with pytest.raises(ValueError, match="gradient of parameter 'theta' is NaN.*'gate'"):
+    with pytest.raises(ValueError, match=r"gradient of parameter 'theta' is NaN.*'gate'"):
         elbo.loss_and_grads(steep, steep_guide)
     elbo.loss_and_grads(model, guide)
     for name in ("theta", "phi"):

@@ -444,6 +444,26 @@ def test_batch_norm_in_training_warns_and_in_evaluation_does_not():
         assert elbo.log_weights(model, batch_guide).plates == ("data",), "training mode is part of the verdict's key"
 
 
+@pytest.mark.filterwarnings("ignore:.*(BatchNorm|one after the other)")
+@pytest.mark.parametrize("held", ["methods", "closures"])
+def test_evaluation_mode_is_seen_through_methods_and_closures(held):
+    """``SVI(vae.model, vae.guide, ...)``: what matters is the mode of the layers that are called."""
+
+    class Autoencoder(Normalised):
+        def model(self):
+            self.forward()
+
+        def guide(self):
+            batch_guide()
+
+    both = Autoencoder(nn.BatchNorm1d(4))
+    model, guide = (both.model, both.guide) if held == "methods" else (lambda: both(), batch_guide)
+    elbo = ImportanceWeightedELBO(num_particles=5)
+    for training, plates in ((True, ()), (False, ("data",)), (True, ()), (False, ("data",))):
+        both.train(training)
+        assert elbo.log_weights(model, guide).plates == plates
+
+
 def test_layer_norm_is_welcome():
     weights = ImportanceWeightedELBO(num_particles=5).log_weights(Normalised(nn.LayerNorm(4)), batch_guide)
     assert weights.plates == ("data",)
