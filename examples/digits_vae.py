@@ -8,8 +8,8 @@ posterior of its own: draw K from the guide, weigh them, keep one by its weight.
 posterior as a Pyro guide. Here it reconstructs digits, fills the missing half of some and scores damaged ones, after
 "Reinterpreting Importance-Weighted Autoencoders" (Cremer, Morris, Duvenaud 2017, https://arxiv.org/abs/1704.02916).
 
-    python examples/digits_vae.py                                  # about two minutes on two cores
-    python examples/digits_vae.py --data train-images-idx3-ubyte.gz    # MNIST, also as mnist.npz: half an hour
+    python examples/digits_vae.py                                      # about two minutes on two cores
+    python examples/digits_vae.py --data train-images-idx3-ubyte.gz    # MNIST, also as mnist.npz; slower
 
 The data are scikit-learn's 1797 digits of 8 x 8 pixels with values 0..16: Binomial(16). MNIST's 0..255 are made binary
 once, each pixel 1 with probability value/255 (Burda, Grosse, Salakhutdinov 2016): Binomial(1), that is Bernoulli.

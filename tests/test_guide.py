@@ -902,23 +902,41 @@ def regression(x):
         pyro.sample("x", dist.Normal(z, 1.0), obs=x)
 
 
-AUTOGUIDES = [
-    autoguide.AutoNormal,
-    autoguide.AutoDiagonalNormal,
-    autoguide.AutoMultivariateNormal,
-    autoguide.AutoLowRankMultivariateNormal,
-    autoguide.AutoIAFNormal,
-    autoguide.AutoDelta,
-    autoguide.AutoNormalMessenger,
-    autoguide.AutoHierarchicalNormalMessenger,
-]
+def autoguide_list(model):
+    guide = autoguide.AutoGuideList(model)
+    guide.append(autoguide.AutoMultivariateNormal(poutine.block(model, expose=["w", "s"])))
+    guide.append(autoguide.AutoNormal(poutine.block(model, expose=["z"])))
+    return guide
 
 
-@pytest.mark.parametrize("first", ["forward", "sample", "parallel", "elbo", "expectation"])
-@pytest.mark.parametrize("kind", AUTOGUIDES)
-def test_autoguides(kind, first):
+def structured_autoguide(model):
+    kinds = {"w": "normal", "s": "normal", "z": "mvn"}
+    return autoguide.AutoStructured(model, conditionals=kinds, dependencies={"z": {"w": "linear"}})
+
+
+AUTOGUIDES = {
+    "AutoNormal": autoguide.AutoNormal,
+    "AutoDiagonalNormal": autoguide.AutoDiagonalNormal,
+    "AutoMultivariateNormal": autoguide.AutoMultivariateNormal,
+    "AutoLowRankMultivariateNormal": autoguide.AutoLowRankMultivariateNormal,
+    "AutoIAFNormal": autoguide.AutoIAFNormal,
+    "AutoNormalizingFlow": lambda model: autoguide.AutoNormalizingFlow(model, planar),
+    "AutoGuideList": autoguide_list,
+    "AutoStructured": structured_autoguide,
+    "AutoGaussian": autoguide.AutoGaussian,
+    "AutoLaplaceApproximation": autoguide.AutoLaplaceApproximation,
+    "AutoDelta": autoguide.AutoDelta,
+    "AutoNormalMessenger": autoguide.AutoNormalMessenger,
+    "AutoHierarchicalNormalMessenger": autoguide.AutoHierarchicalNormalMessenger,
+    "AutoRegressiveMessenger": autoguide.AutoRegressiveMessenger,
+}
+
+
+@pytest.mark.parametrize("first", ["forward", "sample", "parallel"])
+@pytest.mark.parametrize("name", AUTOGUIDES)
+def test_autoguides(name, first):
     """Whatever is asked of it first, also before the autoguide has seen its model."""
-    posterior = ImportanceResampledGuide(regression, kind(regression), 5)
+    posterior = ImportanceResampledGuide(regression, AUTOGUIDES[name](regression), 5)
     x = torch.tensor([0.5, 1.0, -1.0])
     shapes = {"w": (), "s": (), "z": (3,)}
 
@@ -980,6 +998,24 @@ def test_flow_without_an_inverse(vectorize):
     pyro.set_rng_seed(1)
     elbo = ImportanceWeightedELBO(5, vectorize_particles=vectorize)
     assert loss == pytest.approx(elbo.loss(regression, guide, x), rel=1e-5)
+
+
+def test_autoguide_of_discrete_latents():
+    def model(x):
+        with pyro.plate("data", len(x)):
+            c = pyro.sample("c", dist.Bernoulli(0.3))
+            z = pyro.sample("z", dist.Normal(c, 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    guide = autoguide.AutoGuideList(model)
+    guide.append(autoguide.AutoDiscreteParallel(poutine.block(model, expose=["c"])))
+    guide.append(autoguide.AutoNormal(poutine.block(model, expose=["z"])))
+    posterior, x = ImportanceResampledGuide(model, guide, 5), torch.tensor([0.5, 1.0, -1.0])
+    with pytest.warns(UserWarning, match="ask for enumeration"):
+        draw = posterior(x)
+    assert {n: v.shape for n, v in draw.items()} == {"c": (3,), "z": (3,)}
+    Trace_ELBO().differentiable_loss(model, posterior, x).backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in posterior.parameters())
 
 
 def test_autoguide_from_a_state_dict():

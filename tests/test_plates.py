@@ -636,6 +636,22 @@ def test_a_scale_around_model_and_guide_alike_multiplies_the_loss():
     close(-elbo.loss(model, guide), 1.2 * weights.bound().sum())
 
 
+def test_what_adds_nothing_needs_no_scale():
+    """A deterministic or masked site outside the scale that all others share."""
+
+    def model():
+        with pyro.plate("data", 3):
+            with poutine.scale(scale=0.3):
+                z = normal("z")
+                normal("x", z, obs=torch.ones(3))
+            pyro.deterministic("twice", 2.0 * z)
+            with poutine.mask(mask=False):
+                normal("y", z, obs=torch.ones(3))
+
+    weights = ImportanceWeightedELBO(num_particles=K).log_weights(model, poutine.scale(guide_of(flat), scale=0.3))
+    assert weights.scale == pytest.approx(0.3) and not weights.tempered
+
+
 def test_a_scale_around_the_model_alone_tempers():
     run = Recorded(poutine.scale(subsampled(), scale=0.3), subsampled_guide())
     log_p = run.log_prob("model", "z") + run.log_prob("model", "x")
