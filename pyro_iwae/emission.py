@@ -20,6 +20,7 @@ from torch import Tensor
 
 from pyro_iwae.particles import ENCLOSING, Drawn
 from pyro_iwae.plates import Site, own_scale, sample_sites
+from pyro_iwae.terms import DrawnDensity
 from pyro_iwae.weighing import Particles
 
 __all__ = ["Boundary", "Emission", "Selection"]
@@ -40,6 +41,8 @@ class Selection:
     values: dict[str, Tensor]
     sites: dict[str, Site]
     log_density: Tensor
+    pathwise: Tensor | None = None  # where the guide has discrete sites, the pieces of the gradient of log q~
+    score: Tensor | None = None
 
 
 class Emission:
@@ -91,7 +94,15 @@ class Emission:
         for element in itertools.product(*(range(p.size) for p in self.layout.sequential)):
             with self._within(_at_element(frames, element)), poutine.scale(scale=common):
                 suffix = "".join(f"_{i}" for i in element)
-                pyro.factor(name + suffix, log_density[element].reshape(batch), has_rsample=True)
+                self._factor(name + suffix, log_density[element].reshape(batch), element, batch)
+
+    def _factor(self, name: str, log_density: Tensor, element: tuple[int, ...], batch: list[int]) -> None:
+        pathwise, score = self.selection.pathwise, self.selection.score
+        if pathwise is None or score is None:
+            pyro.factor(name, log_density, has_rsample=True)
+            return
+        fn = DrawnDensity(log_density, pathwise[element].reshape(batch), score[element].reshape(batch))
+        pyro.sample(name, fn, obs=fn.sample(), infer={"is_auxiliary": True})
 
     def plates(self) -> None:
         """Emits a zero inside each plate of the model that no draw lies in, so that its dimension shows."""

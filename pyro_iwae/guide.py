@@ -214,8 +214,12 @@ class ImportanceResampledGuide(torch.nn.Module):
             log_p = joint_log_density(trace, particles.pairs[0].guide, layout).squeeze(0)
             sites |= drawn
             chosen |= {n: s["value"] for n, s in drawn.items()}
-        bound = _differentiable_bound(particles.weights)
-        return Selection(*_of_model(chosen, sites), _difference(log_p, bound))
+        weights = particles.weights
+        values, sites = _of_model(chosen, sites)
+        density = _difference(log_p, _differentiable_bound(weights))
+        if weights.score is None:
+            return Selection(values, sites, density)
+        return Selection(values, sites, density, _difference(log_p, weights.bound()), weights.score.sum(0))
 
     def _draw_enumerated(
         self,

@@ -13,6 +13,7 @@ only if no term changes at an element whose own latents stayed.
 from __future__ import annotations
 
 import math
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -136,6 +137,7 @@ class _Inspection:
             batch_dims=self.batch_dims,
             conclusive=conclusive,
             numbers=sum(s["value"].numel() for _, _, s in probe.sites()),
+            modes=tuple((weakref.ref(m), m.training) for m in self.modules),
             messages=tuple(self.messages),
             probe=probe,
         )

@@ -31,6 +31,7 @@ class Structure:
         batch_dims: batch dimensions of each latent's value in a run without particles.
         conclusive: False where the particles of the check were all alike, so that it could see nothing.
         attempts: inspections so far of these sites and plates.
+        modes: the modules that ran, held weakly, and whether each was in training.
         numbers: how many numbers the values in one run's traces hold, a measure of its memory.
         messages: what to warn of, once.
         probe: traces of one run without particles.
@@ -43,14 +44,16 @@ class Structure:
     batch_dims: Mapping[str, int] = field(default_factory=dict)
     conclusive: bool = True
     attempts: int = 1
+    modes: tuple[tuple[Any, bool], ...] = ()
     numbers: int = 0
     messages: tuple[str, ...] = ()
     probe: Pair | None = None
 
     @property
     def settled(self) -> bool:
-        """Whether to go by this verdict, or to look again at the next call."""
-        return self.conclusive or self.attempts >= MOST_ATTEMPTS
+        """Whether to go by this verdict, or to look again: at chance, or at modules whose mode has changed since."""
+        changed = any(m() is not None and m().training is not mode for m, mode in self.modes)
+        return not changed and (self.conclusive or self.attempts >= MOST_ATTEMPTS)
 
     def layout(self, pair: Pair, num_particles: int) -> Layout:
         """Where the columns lie in these traces."""

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from pyro.distributions import Unit
 from pyro.distributions.util import is_identically_zero, scale_and_mask
 from pyro.ops import packed
 from pyro.ops.contract import contract_to_tensor
@@ -23,7 +24,34 @@ from torch import Tensor
 from pyro_iwae.plates import Layout, Scale, Site, own_scale, plate_scale, same_scale, sample_sites
 from pyro_iwae.traces import Pair, log_prob_of, score_parts_of
 
-__all__ = ["Term", "joint_log_density", "model_log_density", "outer_scale", "sum_columns", "terms_of", "weighed_sites"]
+__all__ = [
+    "DrawnDensity",
+    "Term",
+    "joint_log_density",
+    "model_log_density",
+    "outer_scale",
+    "sum_columns",
+    "terms_of",
+    "weighed_sites",
+]
+
+
+class DrawnDensity(Unit):
+    """The log density of a draw, as a factor without a score term, which ``Trace_ELBO`` would weigh wrongly.
+
+    ``log_factor`` carries the surrogate gradient of discrete sites. A weight of which it is only a part needs the
+    pieces instead: ``pathwise``, the same value with the pathwise gradient alone, and ``score``, the sum of log q.
+    """
+
+    has_rsample = True
+
+    def __init__(self, log_factor: Tensor, pathwise: Tensor, score: Tensor) -> None:
+        super().__init__(log_factor, has_rsample=True)
+        self.pathwise, self.score = pathwise, score
+
+    def expand(self, batch_shape: Any, _instance: Any = None) -> DrawnDensity:
+        shape = torch.Size(batch_shape)
+        return DrawnDensity(self.log_factor.expand(shape), self.pathwise.expand(shape), self.score.expand(shape))
 
 
 @dataclass(frozen=True)
@@ -124,6 +152,10 @@ def _term(role: str, name: str, site: Site, layout: Layout, common: Scale | None
     scale = _inner_scale(site, layout, common)
     if role == "model":
         return Term(role, name, layout.columns(scale_and_mask(log_prob_of(site), scale, site["mask"])), element)
+    fn = site["fn"]
+    if isinstance(fn, DrawnDensity):
+        value = layout.columns(-scale_and_mask(fn.pathwise, scale, site["mask"]))
+        return Term(role, name, value, element, (), layout.columns(fn.score), torch.zeros_like(value))
     parts = score_parts_of(site)
     value = layout.columns(-scale_and_mask(parts.log_prob, scale, site["mask"]))
     if is_identically_zero(parts.score_function):

@@ -118,7 +118,8 @@ def weigh_particles(
         pairs = run(structure)
     if not structure.describes(pairs[0], num_particles):
         before = structure.run
-        structure = cache.find(key, structure.signature_of(pairs[0], num_particles)) or look()
+        found = cache.find(key, structure.signature_of(pairs[0], num_particles))
+        structure = found if found is not None and found.settled else look()
         cache.store(key, structure)
         if structure.run != before:
             pairs = run(structure)
