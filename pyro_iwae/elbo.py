@@ -162,7 +162,7 @@ class ImportanceWeightedELBO(ELBO):
         scaled sum of all.
 
         Returns:
-            Shape ``(*independent plates)``: a scalar where no plate is independent.
+            Shape ``(*independent plates)``, a scalar where no plate is independent.
         """
         return self.log_weights(model, guide, *args, **kwargs).bound()
 

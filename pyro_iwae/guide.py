@@ -89,7 +89,7 @@ class ImportanceResampledGuide(torch.nn.Module):
     Args:
         model: the model that the guide was trained for.
         guide: the guide.
-        num_particles: K.
+        num_particles: how many particles, K.
         vectorize_particles: as for :class:`ImportanceWeightedELBO`.
         max_plate_nesting: likewise.
 

@@ -55,7 +55,7 @@ class Totals:
 
     @property
     def log_mean(self) -> Float[Tensor, "*plates"]:
-        """Log-mean-exp over all particles: the value of the bound."""
+        """Log-mean-exp over all particles, the value of the bound."""
         return self.log_sum - math.log(self.count)
 
     def log_mean_of_others(self, log_weights: Float[Tensor, "particles *plates"]) -> Float[Tensor, "particles *plates"]:

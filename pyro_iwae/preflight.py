@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -17,7 +16,7 @@ from torch import Tensor
 
 from pyro_iwae.elbo import require_callables
 from pyro_iwae.inspection import inspect, unchanged_state
-from pyro_iwae.plates import Layout, Scale, Site, latent_sites, own_scale, same_scale
+from pyro_iwae.plates import Layout, Scale, Site, latent_sites, own_scale
 from pyro_iwae.structure import Structure
 from pyro_iwae.terms import is_zero, outer_scale
 from pyro_iwae.traces import Pair, run_pair
@@ -251,19 +250,19 @@ def _scale_warnings(pair: Pair, layout: Layout) -> list[str]:
     if outer_scale(pair, layout) is not None:
         return []
     warnings = []
-    for _, name, site in pair.sites():
-        scale = own_scale(site)
-        if site["is_observed"] and not is_zero(site) and not same_scale(scale, 1.0):
-            large = _printable(scale)
-            if isinstance(large, str) or large > 1.0 or not math.isfinite(large):
-                warnings.append(
-                    f"poutine.scale of {large} at observed site '{name}', but not everywhere, acts inside the weights: "
-                    "the bound overshoots the evidence for more than one particle. For minibatches write "
-                    "pyro.plate(..., subsample_size=B), which stays outside"
-                )
-            else:
-                warnings.append(
-                    f"poutine.scale of {large} at observed site '{name}', but not everywhere, tempers the weights: "
-                    "they are no evidence"
-                )
+    for role, name, site in pair.sites():
+        scale = _printable(own_scale(site))
+        if scale == 1.0 or is_zero(site) or layout.element(site) is None:
+            continue
+        if site["is_observed"] and (isinstance(scale, str) or scale > 1.0):
+            warnings.append(
+                f"poutine.scale of {scale} at observed site '{name}', but not everywhere, acts inside the weights: "
+                "the bound overshoots the evidence for more than one particle. For minibatches write "
+                "pyro.plate(..., subsample_size=B), which stays outside"
+            )
+        else:
+            warnings.append(
+                f"poutine.scale of {scale} at {role} site '{name}', but not everywhere, tempers the weights: they are "
+                "no evidence"
+            )
     return warnings

@@ -124,6 +124,16 @@ def test_warns_of_a_scale_on_the_data_alone():
     assert not preflight(poutine.scale(local_model, 0.5), poutine.scale(local_guide, 0.5), DATA).warnings
 
 
+def test_warns_of_latents_that_are_tempered_alone():
+    def model(x):
+        with poutine.scale(scale=0.1):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        pyro.sample("x", dist.Normal(z, 1.0), obs=x[0])
+
+    (warning,) = preflight(model, lambda x: pyro.sample("z", dist.Normal(0.0, 1.0)), DATA).warnings
+    assert "model site 'z'" in warning and "no evidence" in warning
+
+
 def test_leaves_random_numbers_as_they_were():
     before = torch.get_rng_state()
     preflight(local_model, local_guide, DATA, 2)
