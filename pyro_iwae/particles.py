@@ -68,11 +68,15 @@ class EnclosingPlates(Messenger):
 
 
 class ParticlePlate(IndepMessenger):
-    """A plate that never subsamples and so, unlike ``pyro.plate``, sends no message about its indices."""
+    """A plate that never subsamples and so, unlike ``pyro.plate``, sends no message about its indices.
+
+    Nor does it leave its mark on the indices of other plates, which all particles share.
+    """
 
     def _process_message(self, msg: Site) -> None:
-        super()._process_message(msg)
-        BroadcastMessenger._pyro_sample(msg)
+        if not site_is_subsample(msg):
+            super()._process_message(msg)
+            BroadcastMessenger._pyro_sample(msg)
 
 
 ENCLOSING = "pyro_iwae_enclosing"  # a message that nobody handles: only plates leave their mark on it

@@ -315,13 +315,14 @@ def only_global_guide(x=None, size=4):
     pyro.sample("loc", dist.Gamma(1.0, 1.0))
 
 
+@pytest.mark.parametrize("num_particles", [1, 3])
 @pytest.mark.parametrize("parallel", [False, True])
-def test_predictive_where_every_latent_is_outside_the_plates(parallel):
+def test_predictive_where_every_latent_is_outside_the_plates(parallel, num_particles):
     """Predictive must find room left of plates in which the guide draws nothing."""
-    posterior = ImportanceResampledGuide(only_global_model, only_global_guide, 3)
+    posterior = ImportanceResampledGuide(only_global_model, only_global_guide, num_particles)
     data = torch.zeros(4, 5)
     draws = Predictive(only_global_model, guide=posterior, num_samples=500, parallel=parallel)(data)
-    assert_mean(draws["loc"].flatten(), GAMMA_MEANS[3])
+    assert_mean(draws["loc"].flatten(), GAMMA_MEANS[num_particles])
     prediction = Predictive(only_global_model, {"loc": posterior.sample(500, data)["loc"]})(size=2)["x"]
     assert prediction.shape == (500, 2, 5)
 

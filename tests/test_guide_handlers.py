@@ -539,7 +539,7 @@ def test_trace_holds_the_draw_and_its_density_only():
     sites = {n: s for n, s in trace.nodes.items() if s["type"] == "sample"}
     assert set(sites) == {"w", "z", "data", "_importance_density_w"}
     assert [f.name for f in sites["z"]["cond_indep_stack"]] == ["data"]
-    assert sites["w"]["cond_indep_stack"] == ()
+    assert sites["w"]["cond_indep_stack"] == sites["data"]["cond_indep_stack"] == ()
     assert {n for n, s in trace.nodes.items() if s["type"] == "param"} >= {"loc", "slope", "width", "prior"}
     trace.compute_log_prob()
     assert sites["z"]["log_prob_sum"] == sites["w"]["log_prob_sum"] == 0.0

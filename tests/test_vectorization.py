@@ -182,6 +182,25 @@ def test_the_warning_names_the_site(model):
         ImportanceWeightedELBO(num_particles=3).loss(model, prior_guide(model))
 
 
+def test_the_warning_comes_once_for_a_pair():
+    """Also where each minibatch brings sites of other names, and so another verdict."""
+
+    def model():
+        for i in pyro.plate("data", 30, subsample_size=2):
+            z = normal(f"z_{i}")
+            normal(f"x_{i}", z.sum(), obs=torch.tensor(1.0))
+
+    def guide():
+        for i in pyro.plate("data", 30, subsample_size=2):
+            normal(f"z_{i}")
+
+    elbo = ImportanceWeightedELBO(num_particles=3)
+    with pytest.warns(UserWarning, match="one after the other") as caught:
+        for _ in range(12):
+            elbo.loss(model, guide)
+    assert len(caught) == 1
+
+
 @pytest.mark.parametrize("model", NARROW)
 def test_false_asks_nothing_and_warns_of_nothing(model):
     assert math.isfinite(ImportanceWeightedELBO(3, vectorize_particles=False).loss(model, prior_guide(model)))
