@@ -18,6 +18,7 @@ from torch import Tensor
 
 from pyro_iwae.gradients import VIMCO, Gradient, Pathwise
 from pyro_iwae.logweights import LogWeights
+from pyro_iwae.particles import Call
 from pyro_iwae.plates import latent_sites, nesting
 from pyro_iwae.structure import StructureCache
 from pyro_iwae.terms import outer_scale, terms_of
@@ -197,10 +198,7 @@ class ImportanceWeightedELBO(ELBO):
     def _draw(self, model: Program, guide: Program, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Particles:
         require_callables(model, guide)
         return weigh_particles(
-            model,
-            guide,
-            args,
-            kwargs,
+            Call(model, guide, args, kwargs),
             num_particles=as_count("num_particles", self.num_particles),
             cache=self._structures,
             vectorize=self.vectorize_particles,

@@ -8,7 +8,6 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import pyro
@@ -20,10 +19,11 @@ from torch import Tensor
 
 from pyro_iwae.particles import ENCLOSING, Drawn
 from pyro_iwae.plates import Site, own_scale, sample_sites
+from pyro_iwae.selection import Selection
 from pyro_iwae.terms import DrawnDensity
 from pyro_iwae.weighing import Particles
 
-__all__ = ["Boundary", "Emission", "Selection"]
+__all__ = ["Boundary", "Emission"]
 
 
 class Boundary(Messenger):
@@ -32,17 +32,6 @@ class Boundary(Messenger):
     def _process_message(self, msg: Site) -> None:
         if msg["type"] == ENCLOSING or (msg["type"] == "sample" and not site_is_subsample(msg)):
             msg["stop"] = True
-
-
-@dataclass(frozen=True)
-class Selection:
-    """One draw: values by site (model latents and enumerated sites), and log q~ by independent element."""
-
-    values: dict[str, Tensor]
-    sites: dict[str, Site]
-    log_density: Tensor
-    pathwise: Tensor | None = None  # where the guide has discrete sites, the pieces of the gradient of log q~
-    score: Tensor | None = None
 
 
 class Emission:

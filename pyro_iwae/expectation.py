@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping
 import torch
 from torch import Tensor
 
-from pyro_iwae.inspection import cross_elements, enough_particles, separating
+from pyro_iwae.crossing import cross_elements, enough_particles, separating
 from pyro_iwae.logweights import LogWeights
 from pyro_iwae.plates import Layout, Site
 

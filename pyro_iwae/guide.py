@@ -15,9 +15,7 @@ import pyro
 import torch
 from jaxtyping import Float
 from pyro import poutine
-from pyro.infer import infer_discrete
 from pyro.infer.autoguide import AutoGuide, AutoMessenger
-from pyro.poutine import Trace
 from pyro.poutine.indep_messenger import CondIndepStackFrame
 from pyro.poutine.lift_messenger import LiftMessenger
 from pyro.poutine.messenger import block_messengers
@@ -25,29 +23,16 @@ from torch import Tensor
 
 from pyro_iwae.density import elbo_bracket, log_density
 from pyro_iwae.elbo import as_count, require_callables
-from pyro_iwae.emission import Boundary, Emission, Selection
+from pyro_iwae.emission import Boundary, Emission
 from pyro_iwae.expectation import weighted_mean
-from pyro_iwae.gradients import VIMCO, Pathwise
+from pyro_iwae.given import weigh_at
 from pyro_iwae.inspection import unchanged_state
 from pyro_iwae.logweights import LogWeights
-from pyro_iwae.particles import (
-    EnclosingPlates,
-    Minibatch,
-    enclosing_frames,
-    run_particles,
-    select,
-    settable,
-    spread_value,
-    stacked_latents,
-    stacked_value,
-    unchanged_enumeration,
-)
-from pyro_iwae.plates import Layout, Site, latent_sites
+from pyro_iwae.particles import Call, Minibatch, enclosing_frames
+from pyro_iwae.plates import Layout
 from pyro_iwae.resampling import multinomial
+from pyro_iwae.selection import Selection, difference, model_values, select
 from pyro_iwae.structure import Structure, StructureCache
-from pyro_iwae.terms import joint_log_density, model_log_density
-from pyro_iwae.traces import Pair
-from pyro_iwae.unconstrain import auxiliary_values
 from pyro_iwae.weighing import Particles, weigh_particles
 
 __all__ = ["ElboInterval", "ImportanceResampledGuide"]
@@ -135,32 +120,34 @@ class ImportanceResampledGuide(torch.nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
         """Emits one draw as sample sites, and its log density as a factor; returns the values by name."""
-        enclosing = enclosing_frames()
+        call = self._call(args, kwargs, enclosing_frames())
         with self._inside():
-            self._set_up(args, kwargs, enclosing)
-            particles = self._particles(args, kwargs, enclosing, self.num_particles)
-            _require_enclosing(particles.layout, enclosing)
-            index = multinomial(particles.weights.log_weights)
-            selection = self._select(particles, index, args, kwargs, enclosing)
-        emit = Emission(particles, selection, enclosing)
+            self._set_up(call)
+            particles = self._weigh(call)
+            _require_enclosing(particles.layout, call.enclosing)
+            selection = select(call, particles, multinomial(particles.weights.log_weights))
+        emit = Emission(particles, selection, call.enclosing)
         with particles.minibatch:
             emitted = emit.values()
         if any(not _same(emitted[n], v) for n, v in selection.values.items()):  # replayed, conditioned, ...
             with self._inside():
-                selection = self._density_at(emitted, particles, args, kwargs, enclosing)
+                selection = self._density_at(call, emitted, particles)
         with particles.minibatch:
             emit.density(selection.log_density)
             if particles.structure.run.vectorized:  # else no plate can go around it
                 emit.plates()
         return emitted
 
-    def _set_up(
-        self, args: tuple[Any, ...], kwargs: Mapping[str, Any], enclosing: Sequence[CondIndepStackFrame]
-    ) -> None:
+    def _call(
+        self, args: tuple[Any, ...], kwargs: Mapping[str, Any], enclosing: tuple[CondIndepStackFrame, ...] = ()
+    ) -> Call:
+        return Call(self.model, self.guide, args, kwargs, enclosing)
+
+    def _set_up(self, call: Call) -> None:
         """Lets an autoguide take its shape from the model itself, not from the plates around its first call."""
-        if enclosing and isinstance(poutine.unwrap(self.guide), AutoGuide | AutoMessenger) and not self._is_set_up:
+        if call.enclosing and isinstance(poutine.unwrap(self.guide), AutoGuide | AutoMessenger) and not self._is_set_up:
             with unchanged_state(), poutine.block():
-                self.guide(*args, **kwargs)
+                self.guide(*call.args, **call.kwargs)
         self._is_set_up = True
 
     @contextmanager
@@ -169,180 +156,31 @@ class ImportanceResampledGuide(torch.nn.Module):
         with block_messengers(lambda m: isinstance(m, LiftMessenger)), Boundary():
             yield
 
-    def _particles(
+    def _weigh(
         self,
-        args: tuple[Any, ...],
-        kwargs: Mapping[str, Any],
-        enclosing: Sequence[CondIndepStackFrame],
-        num_particles: int,
+        call: Call,
+        num_particles: int | None = None,
         *,
         values: Mapping[str, Tensor] | None = None,
         minibatch: Minibatch | None = None,
     ) -> Particles:
         return weigh_particles(
-            self.model,
-            self.guide,
-            args,
-            kwargs,
-            num_particles=num_particles,
+            call,
+            num_particles=self.num_particles if num_particles is None else num_particles,
             cache=self._structures,
             vectorize=self.vectorize_particles,
             max_plate_nesting=self.max_plate_nesting,
-            enclosing=enclosing,
             values=values,
             minibatch=minibatch,
         )
 
-    def _select(
-        self,
-        particles: Particles,
-        index: Tensor,
-        args: tuple[Any, ...],
-        kwargs: Mapping[str, Any],
-        enclosing: Sequence[CondIndepStackFrame],
-    ) -> Selection:
-        one_each = not particles.layout.plates and len(particles.pairs) > 1  # sites may differ between particles
-        sites = dict(latent_sites(particles.pairs[int(index) if one_each else 0].guide))
-        chosen = {n: v.squeeze(0) for n, v in _select_latents(particles, index).items()}
-        log_p = torch.cat([model_log_density(p, particles.layout) for p in particles.pairs])
-        log_p = log_p.expand(particles.weights.log_weights.shape).gather(0, index.unsqueeze(0)).squeeze(0)
-        if particles.structure.run.enumerated:
-            depth, minibatch = particles.structure.run.depth, particles.minibatch
-            trace = self._draw_enumerated(chosen, minibatch, depth, args, kwargs, enclosing)
-            drawn = dict(latent_sites(trace))
-            layout = Layout(particles.layout.plates, None)
-            log_p = joint_log_density(trace, particles.pairs[0].guide, layout).squeeze(0)
-            sites |= drawn
-            chosen |= {n: s["value"] for n, s in drawn.items()}
-        weights = particles.weights
-        values, sites = _of_model(chosen, sites)
-        density = _difference(log_p, _differentiable_bound(weights))
-        if weights.score is None:
-            return Selection(values, sites, density)
-        return Selection(values, sites, density, _difference(log_p, weights.bound()), weights.score.sum(0))
-
-    def _draw_enumerated(
-        self,
-        chosen: Mapping[str, Tensor],
-        minibatch: Minibatch,
-        depth: int,
-        args: tuple[Any, ...],
-        kwargs: Mapping[str, Any],
-        enclosing: Sequence[CondIndepStackFrame],
-    ) -> Trace:
-        """A model trace at these latents in which the sites that were summed out are drawn from p(c | z, x)."""
-
-        def given_latents(*args: Any, **kwargs: Any) -> Any:  # infer_discrete hides all that is further out
-            with minibatch:
-                return poutine.condition(EnclosingPlates(enclosing)(self.model), dict(chosen))(*args, **kwargs)
-
-        with unchanged_enumeration():
-            drawing = infer_discrete(given_latents, first_available_dim=-depth - 1)
-            return poutine.trace(drawing).get_trace(*args, **kwargs)
-
-    def _all_values(
-        self, particles: Particles, args: tuple[Any, ...], kwargs: Mapping[str, Any]
-    ) -> tuple[dict[str, Tensor], dict[str, Site]]:
-        """The model's latents in all particles, ``(particles, *site shape)``; enumerated ones drawn for each."""
-        values, sites = _of_model(*_latents(particles))
-        run, count = particles.structure.run, particles.weights.num_particles
-        if not run.enumerated:
-            return values, sites
-        dim = run.particle_dim(count)
-        if dim is None:
-            rows = [{n: v[k] for n, v in values.items()} for k in range(count)]
-            traces = [self._draw_enumerated(row, particles.minibatch, run.depth, args, kwargs, ()) for row in rows]
-        else:
-            frame = CondIndepStackFrame(f"_importance_particles_{-dim}", dim, count, 0)
-            spread = {n: spread_value(v, sites[n], run) for n, v in values.items()}
-            traces = [self._draw_enumerated(spread, particles.minibatch, -dim, args, kwargs, (frame,))]
-        for name, site in latent_sites(traces[0]):
-            sites[name] = site
-            same = [t.nodes[name] for t in traces]
-            values[name] = stacked_value(same, particle_dim=dim, num_particles=count)
-        return values, sites
-
-    def _density_at(
-        self,
-        values: Mapping[str, Tensor],
-        particles: Particles,
-        args: tuple[Any, ...],
-        kwargs: Mapping[str, Any],
-        enclosing: Sequence[CondIndepStackFrame],
-    ) -> Selection:
+    def _density_at(self, call: Call, values: Mapping[str, Tensor], particles: Particles) -> Selection:
         """log q~ at values that a handler chose, its companions K - 1 of the particles, whichever was selected."""
         stacked = {n: v.unsqueeze(0) for n, v in values.items()}
-        at, log_p = self._weigh_at(stacked, args, kwargs, enclosing, particles.minibatch)
+        at, log_p = weigh_at(call, stacked, self._weigh, particles.minibatch)
         log_weights = torch.cat([at.weights.log_weights, particles.weights.log_weights[1:]])
         bound = log_weights.logsumexp(0) - math.log(self.num_particles)
-        return Selection(dict(values), {}, _difference(log_p.squeeze(0), bound))
-
-    def _weigh_at(
-        self,
-        draws: Mapping[str, Tensor],
-        args: tuple[Any, ...],
-        kwargs: Mapping[str, Any],
-        enclosing: Sequence[CondIndepStackFrame],
-        minibatch: Minibatch | None = None,
-    ) -> tuple[Particles, Tensor]:
-        """Weights and log p(x, z), or log p(x, z, c), at given draws, each ``(draws, *site shape)``."""
-        count = next(iter(draws.values())).shape[0]
-        first = self._particles(args, kwargs, enclosing, 1, minibatch=minibatch)
-        sites = {n: s for n, s in latent_sites(first.pairs[0].guide) if settable(s)}
-        known = {**draws, **auxiliary_values(self.guide, draws)}
-        missing = sorted(sites.keys() - known.keys())
-        if missing:
-            raise NotImplementedError(
-                f"expected values for every latent of the guide, got none for {missing}; {type(self.guide).__name__} "
-                "draws these beside the model's latents, so that its density at given latents is not known"
-            )
-        values = {n: _as_run(known[n], s, first.structure, enclosing, count) for n, s in sites.items()}
-        try:
-            at = self._particles(args, kwargs, enclosing, count, values=values, minibatch=minibatch)
-        except (KeyError, NotImplementedError) as error:  # a flow without an inverse
-            raise NotImplementedError(
-                "expected a guide that can be asked for its density at given latents, got "
-                f"{type(self.guide).__name__}, whose flow has no inverse; use one that has (AutoIAFNormal), or "
-                "expectation() and sample()"
-            ) from error
-        _require_reached(draws, at)
-        summed_out = {n: v for n, v in draws.items() if n not in dict(latent_sites(at.pairs[0].guide))}
-        pairs = self._at_enumerated(summed_out, values, at, args, kwargs, enclosing) if summed_out else at.pairs
-        log_p = torch.cat([model_log_density(p, at.layout) for p in pairs]).expand(at.weights.log_weights.shape)
-        return at, log_p
-
-    def _at_enumerated(
-        self,
-        given: Mapping[str, Tensor],
-        values: Mapping[str, Tensor],
-        at: Particles,
-        args: tuple[Any, ...],
-        kwargs: Mapping[str, Any],
-        enclosing: Sequence[CondIndepStackFrame],
-    ) -> list[Pair]:
-        """The runs at given draws once more, with given values for the sites that are otherwise summed out."""
-        count, run = at.weights.num_particles, at.structure.run
-        sites = at.pairs[0].model.nodes
-        unknown = sorted(given.keys() - sites.keys())
-        if unknown:
-            raise ValueError(f"expected draws of the model's latents, got {unknown}, which the model does not have")
-        together = run.vectorized and count > 1
-        rows = [slice(None)] if together else [slice(k, k + 1) for k in range(count)]
-        pairs = []
-        for row in rows:
-            fixed = {n: spread_value(v, sites[n], run) if together else v[row.start] for n, v in given.items()}
-            pairs += run_particles(
-                poutine.condition(self.model, fixed),
-                self.guide,
-                args,
-                kwargs,
-                num_particles=count if together else 1,
-                run=run,
-                minibatch=at.minibatch,
-                enclosing=enclosing,
-                values={n: v[row] for n, v in values.items()},
-            )
-        return pairs
+        return Selection(dict(values), {}, difference(log_p.squeeze(0), bound))
 
     # Away from Pyro's handlers
 
@@ -359,7 +197,7 @@ class ImportanceResampledGuide(torch.nn.Module):
         """
         num_draws = as_count("num_draws", num_draws)
         with torch.no_grad(), poutine.block():
-            structure = self._particles(args, kwargs, (), 1).structure
+            structure = self._weigh(self._call(args, kwargs), 1).structure
             if not structure.run.vectorized:
                 draws = [self(*args, **kwargs) for _ in range(num_draws)]
                 return {n: torch.stack([d[n] for d in draws]) for n in draws[0]}
@@ -392,11 +230,12 @@ class ImportanceResampledGuide(torch.nn.Module):
         Raises:
             ValueError: where fn loses the particles' dimension, or mixes elements of independent plates.
         """
+        call = self._call(args, kwargs)
         total: Tensor | float = 0.0
         with torch.no_grad(), poutine.block():
             for _ in range(as_count("num_batches", num_batches)):
-                particles = self._particles(args, kwargs, (), self.num_particles)
-                values, sites = self._all_values(particles, args, kwargs)
+                particles = self._weigh(call)
+                values, sites = model_values(call, particles)
                 total = total + weighted_mean(fn, values, sites, particles.weights, particles.layout)
         return torch.as_tensor(total / num_batches)
 
@@ -421,12 +260,12 @@ class ImportanceResampledGuide(torch.nn.Module):
             NotImplementedError: where the guide's density at given values is not known.
         """
         num_batches = as_count("num_batches", num_batches)
+        call = self._call(args, kwargs)
         with torch.no_grad(), poutine.block():
-            at, log_p = self._weigh_at(dict(draws), args, kwargs, ())
+            at, log_p = weigh_at(call, dict(draws), self._weigh)
             _refuse_tempered(at.weights, "log_density")
-            sums = torch.stack(
-                [self._companions(args, kwargs, at.minibatch)[1:].logsumexp(0) for _ in range(num_batches)]
-            )
+            batches = [self._companions(call, at.minibatch) for _ in range(num_batches)]
+            sums = torch.stack([batch[1:].logsumexp(0) for batch in batches])
             return log_density(log_p, at.weights.log_weights, sums, num_particles=self.num_particles)
 
     def elbo_interval(self, *args: Any, num_batches: int = 32, num_replicates: int = 16, **kwargs: Any) -> ElboInterval:
@@ -450,58 +289,21 @@ class ImportanceResampledGuide(torch.nn.Module):
         """
         num_batches = as_count("num_batches", num_batches)
         num_replicates = as_count("num_replicates", num_replicates, least=2)
+        call = self._call(args, kwargs)
         with torch.no_grad(), poutine.block():
-            bounds = torch.stack([self._bracket(args, kwargs, num_batches) for _ in range(num_replicates)])
+            bounds = torch.stack([self._bracket(call, num_batches) for _ in range(num_replicates)])
         mean, error = bounds.mean(0), bounds.std(0) / math.sqrt(num_replicates)
         return ElboInterval(mean[0], mean[1], error[0], error[1])
 
-    def _bracket(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], num_batches: int) -> Tensor:
+    def _bracket(self, call: Call, num_batches: int) -> Tensor:
         """(lower, upper) from M + 1 batches: each gives a draw, and fresh companions for the draws of the others."""
-        first = self._particles(args, kwargs, (), self.num_particles)
+        first = self._weigh(call)
         _refuse_tempered(first.weights, "elbo_interval")
-        rest = [self._companions(args, kwargs, first.minibatch) for _ in range(num_batches)]
+        rest = [self._companions(call, first.minibatch) for _ in range(num_batches)]
         return elbo_bracket(torch.stack([first.weights.log_weights, *rest]))
 
-    def _companions(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], minibatch: Minibatch) -> Tensor:
-        return self._particles(args, kwargs, (), self.num_particles, minibatch=minibatch).weights.log_weights
-
-
-def _select_latents(particles: Particles, index: Tensor) -> dict[str, Tensor]:
-    """The chosen particle's latents, one draw in front."""
-    if not particles.layout.plates and len(particles.pairs) > 1:  # sequential: shapes may differ between particles
-        trace = particles.pairs[int(index)].guide
-        return {n: s["value"].unsqueeze(0) for n, s in latent_sites(trace)}
-    values, sites = _latents(particles)
-    return select(values, index.unsqueeze(0), sites, particles.layout)
-
-
-def _latents(particles: Particles) -> tuple[dict[str, Tensor], dict[str, Site]]:
-    """All particles' latents, stacked, and their sites."""
-    values = stacked_latents(
-        particles.pairs,
-        run=particles.structure.run,
-        num_particles=particles.weights.num_particles,
-        batch_dims=particles.structure.batch_dims,
-    )
-    return values, dict(latent_sites(particles.pairs[0].guide))
-
-
-def _of_model(values: Mapping[str, Tensor], sites: Mapping[str, Site]) -> tuple[dict[str, Tensor], dict[str, Site]]:
-    """Without the guide's auxiliary latents."""
-    names = [n for n in values if not sites[n]["infer"].get("is_auxiliary")]
-    return {n: values[n] for n in names}, {n: sites[n] for n in names}
-
-
-def _differentiable_bound(weights: LogWeights) -> Tensor:
-    """Value of the bound and gradient of its estimator, whatever the guide's sites; it needs no score term outside."""
-    totals = weights.totals()
-    surrogate = Pathwise().surrogate(weights, totals) + VIMCO().surrogate(weights, totals)
-    return totals.log_mean + (surrogate - surrogate.detach())
-
-
-def _difference(log_p: Tensor, bound: Tensor) -> Tensor:
-    """log q~ = log p(x, z) - Lhat; 0 where every particle is impossible, so that the draw's value is -inf, not NaN."""
-    return torch.where(bound == -math.inf, 0.0, log_p - torch.where(bound == -math.inf, 0.0, bound))
+    def _companions(self, call: Call, minibatch: Minibatch) -> Tensor:
+        return self._weigh(call, minibatch=minibatch).weights.log_weights
 
 
 def _require_enclosing(layout: Layout, enclosing: Sequence[CondIndepStackFrame]) -> None:
@@ -525,29 +327,6 @@ def _refuse_tempered(weights: LogWeights, method: str) -> None:
 
 def _same(a: Tensor, b: Tensor) -> bool:
     return a is b or (a.shape == b.shape and bool((a == b).all()))
-
-
-def _as_run(
-    value: Tensor, site: Site, structure: Structure, enclosing: Sequence[CondIndepStackFrame], count: int
-) -> Tensor:
-    """Values at given draws, ``(draws, *site shape)``, as a run of that many particles wants them."""
-    event_shape = site["fn"].event_shape
-    batch_dims = structure.batch_dims.get(site["name"], len(site["fn"].batch_shape))
-    if value.dim() - 1 - len(event_shape) != batch_dims:  # a joint guide's one latent
-        sizes = {f.dim: f.size for f in enclosing}
-        value = value.reshape(count, *(sizes.get(d, 1) for d in range(-batch_dims, 0)), *event_shape)
-    return spread_value(value, site, structure.run) if count > 1 else value
-
-
-def _require_reached(draws: Mapping[str, Tensor], at: Particles) -> None:
-    """Raises where the guide cannot draw what it was asked about: a point estimate elsewhere."""
-    values, _ = _latents(at)
-    for name, value in draws.items():
-        if name in values and not torch.allclose(values[name].to(value), value, rtol=1e-3, atol=1e-5):
-            raise ValueError(
-                f"expected values that the guide can draw, got others at site '{name}', which the guide sets to a "
-                "value of its own (a Delta): its density there is 0"
-            )
 
 
 def _strip(value: Tensor, name: str, structure: Structure) -> Tensor:

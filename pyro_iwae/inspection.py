@@ -16,16 +16,18 @@ import math
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import pyro
 import torch
 from pyro import poutine
-from pyro.poutine.indep_messenger import CondIndepStackFrame
 from pyro.util import get_rng_state, set_rng_state
 from torch import Tensor
 
+from pyro_iwae.crossing import close, cross_elements, enough_particles, first_mixed, other_values, separating
 from pyro_iwae.particles import (
+    Call,
     Drawn,
     Minibatch,
     Run,
@@ -71,30 +73,18 @@ def unchanged_state() -> Iterator[dict[torch.nn.Module, dict[str, Tensor]]]:
 
 
 def inspect(
-    model: Callable[..., Any],
-    guide: Callable[..., Any],
-    args: tuple[Any, ...],
-    kwargs: Mapping[str, Any],
-    *,
-    vectorize: bool | None,
-    max_plate_nesting: float = math.inf,
-    enclosing: Sequence[CondIndepStackFrame] = (),
-    minibatch: Minibatch | None = None,
+    call: Call, *, vectorize: bool | None, max_plate_nesting: float = math.inf, minibatch: Minibatch | None = None
 ) -> Structure:
     """Runs model and guide a few times, leaving no trace of it, and returns the verdict.
 
     Args:
-        model: the model.
-        guide: the guide.
-        args: positional arguments of both.
-        kwargs: keyword arguments of both.
+        call: what to run.
         vectorize: True and False force; None finds out.
         max_plate_nesting: as for ``Trace_ELBO``; infinity finds out.
-        enclosing: plates to run in.
         minibatch: indices that are settled already.
     """
     with unchanged_state() as modules, poutine.block():
-        inspection = _Inspection(model, guide, args, kwargs, enclosing, modules)
+        inspection = _Inspection(call, modules)
         inspection.minibatch.indices.update({} if minibatch is None else minibatch.indices)
         return inspection.verdict(vectorize, max_plate_nesting)
 
@@ -102,17 +92,8 @@ def inspect(
 class _Inspection:
     """One inspection: the runs that it makes share one minibatch."""
 
-    def __init__(
-        self,
-        model: Callable[..., Any],
-        guide: Callable[..., Any],
-        args: tuple[Any, ...],
-        kwargs: Mapping[str, Any],
-        enclosing: Sequence[CondIndepStackFrame],
-        modules: Mapping[torch.nn.Module, Any],
-    ) -> None:
-        self.call = (model, guide, args, kwargs)
-        self.enclosing = tuple(enclosing)
+    def __init__(self, call: Call, modules: Mapping[torch.nn.Module, Any]) -> None:
+        self.call = call
         self.modules = modules
         self.minibatch = Minibatch()
         self.messages: list[str] = []
@@ -142,29 +123,17 @@ class _Inspection:
             probe=probe,
         )
 
-    def particles(self, count: int, run: Run, values: Mapping[str, Tensor] | None = None) -> list[Pair]:
-        return self._run(self.call[1], count, run, values)
-
-    def _run(self, guide: Callable[..., Any], count: int, run: Run, values: Mapping[str, Tensor] | None) -> list[Pair]:
-        model, _, args, kwargs = self.call
-        return run_particles(
-            model,
-            guide,
-            args,
-            kwargs,
-            num_particles=count,
-            run=run,
-            minibatch=self.minibatch,
-            enclosing=self.enclosing,
-            values=values,
-        )
+    def particles(
+        self, count: int, run: Run, values: Mapping[str, Tensor] | None = None, call: Call | None = None
+    ) -> list[Pair]:
+        return run_particles(call or self.call, num_particles=count, run=run, minibatch=self.minibatch, values=values)
 
     def _depth(self, probe: Pair, max_plate_nesting: float) -> int:
         depth = nesting((probe.model, probe.guide))
         if max_plate_nesting == math.inf:
             return depth
         frames = [f for _, _, s in probe.sites() for f in s["cond_indep_stack"] if f.vectorized]
-        own = [f for f in frames if f not in self.enclosing]
+        own = [f for f in frames if f not in self.call.enclosing]
         for frame in own:
             if -frame.dim > max_plate_nesting:
                 raise ValueError(
@@ -205,13 +174,13 @@ class _Inspection:
         drawn = [v.dtype for v in values.values() if v.is_floating_point()]
         parameters = [p.dtype for m in self.modules for p in m.parameters() if p.is_floating_point()]
         eps = max((torch.finfo(t).eps for t in drawn + parameters), default=0.0)  # the coarsest on the way
-        faulty = [k for k, t in alone.items() if not _close(t.value, together[k].value, loose=True, eps=eps)]
+        faulty = [k for k, t in alone.items() if not close(t.value, together[k].value, loose=True, eps=eps)]
         if not faulty:
             return None
         again = self._replay(pairs, values, narrow, count, Layout())
         like = self._replay(pairs, values, wide, count, total)
         for key in faulty:
-            if _close(alone[key].value, again[key].value) and _close(like[key].value, together[key].value, loose=True):
+            if close(alone[key].value, again[key].value) and close(like[key].value, together[key].value, loose=True):
                 one, other = torch.broadcast_tensors(together[key].value, alone[key].value)
                 worst = int((one - other).abs().nan_to_num(nan=math.inf).argmax())
                 return (
@@ -254,14 +223,14 @@ class _Inspection:
         sites = dict(latent_sites(pairs[0].guide))
         moved = separating((count, *(p.size for p in layout.plates)))
         crossed = {
-            n: cross_elements(v, layout.align(moved, sites[n], v), _others(v, sites[n])) for n, v in values.items()
+            n: cross_elements(v, layout.align(moved, sites[n], v), other_values(v, sites[n])) for n, v in values.items()
         }
         seed = get_rng_state()
         before = self._replay(pairs, values, run, count, layout)
         set_rng_state(seed)
         after = self._replay(pairs, crossed, run, count, layout)
         conclusive = all(bool((crossed[n] != v).any()) for n, v in values.items() if settable(sites[n]))
-        return _first_mixed(before, after, moved), conclusive
+        return first_mixed(before, after, moved), conclusive
 
     def _replay(
         self, pairs: Sequence[Pair], values: Mapping[str, Tensor], run: Run, count: int, layout: Layout
@@ -275,7 +244,7 @@ class _Inspection:
         except (NotImplementedError, KeyError):  # a flow without an inverse cannot be asked for a density
             together = run.particle_dim(count) is not None
             shaped = {n: v if together else v[0] for n, v in spread.items()}
-            pairs = self._run(_stand_in(sites, shaped), count, run, spread)
+            pairs = self.particles(count, run, spread, replace(self.call, guide=_stand_in(sites, shaped)))
             return {k: t for k, t in _tables(pairs, layout).items() if k[0] == "model"}
 
     def _values(self, pairs: Sequence[Pair], run: Run, count: int) -> dict[str, Tensor]:
@@ -319,70 +288,3 @@ def _asks_enumeration(pair: Pair) -> bool:
         for n, s in sample_sites(pair.model)
         if not s["is_observed"] and n not in pair.guide.nodes
     )
-
-
-def enough_particles(elements: int) -> int:
-    """Particles that :func:`separating` needs to part any two of so many elements."""
-    return 2 * max(1, math.ceil(math.log2(max(1, elements))))
-
-
-def separating(shape: tuple[int, ...]) -> Tensor:
-    """Which elements move in each particle: for any two there is a particle where the one moves and the other stays.
-
-    Particle by particle, the bits of the elements' numbers, and the same bits turned over.
-    """
-    elements = math.prod(shape[1:])
-    bits = enough_particles(elements) // 2
-    numbers, particles = torch.arange(elements), torch.arange(shape[0]).unsqueeze(-1)
-    moved = (numbers >> (particles // 2 % bits)) & 1 == particles % 2
-    return moved.reshape(shape)
-
-
-def cross_elements(value: Tensor, moved: Tensor, others: Tensor | None = None) -> Tensor:
-    """Each particle's elements, or another's (the next one's) where they move."""
-    return torch.where(moved.to(value.device), value.roll(-1, 0) if others is None else others, value)
-
-
-def _others(value: Tensor, site: Site) -> Tensor:
-    """Values to move to: another particle's, or, of few possible ones, the next possible one, which always differs."""
-    fn = site["fn"]
-    if not getattr(fn, "has_enumerate_support", False) or fn.event_dim > 0:
-        return value.roll(-1, 0)
-    support = fn.enumerate_support(expand=False).flatten()
-    if support.numel() < 2:
-        return value.roll(-1, 0)
-    position = (value.unsqueeze(-1) == support).to(torch.uint8).argmax(-1)
-    return support[(position + 1) % support.numel()].to(value)
-
-
-def _first_mixed(
-    before: Mapping[tuple[str, str], Term], after: Mapping[tuple[str, str], Term], moved: Tensor
-) -> str | None:
-    """The first site whose term changed at an element whose own latents did not move."""
-    for key in before.keys() | after.keys():
-        if key not in before or key not in after:
-            return key[1]  # the site itself came or went
-    for key, term in before.items():
-        a, b = torch.broadcast_tensors(term.value.detach(), after[key].value.detach())
-        if term.element is not None:
-            still = ~moved
-            for index in term.element:
-                still = still[:, index]
-            still = still.to(a.device)
-            a, b = a.expand(still.shape)[still], b.expand(still.shape)[still]
-        if not _close(a, b):
-            return key[1]
-    return None
-
-
-def _close(a: Tensor, b: Tensor, *, loose: bool = False, eps: float = 0.0) -> bool:
-    """Equal to rounding; ``loose`` allows for sums taken in another order."""
-    a, b = torch.broadcast_tensors(a.detach(), b.detach().to(a))
-    finite = a.isfinite() & b.isfinite()
-    if bool(((a != b) & ~finite & ~(a.isnan() & b.isnan())).any()):
-        return False
-    a, b = a[finite], b[finite]
-    if a.numel() == 0:
-        return True
-    tolerance = max(eps, torch.finfo(a.dtype).eps) * (1e4 if loose else 2e2)
-    return bool(((a - b).abs() <= tolerance * (1.0 + torch.maximum(a.abs(), b.abs()).max())).all())

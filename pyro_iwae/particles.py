@@ -19,10 +19,10 @@ from pyro.poutine.runtime import _ENUM_ALLOCATOR, apply_stack
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
-from pyro_iwae.plates import Layout, Site, latent_sites, plate_scale
+from pyro_iwae.plates import Site, latent_sites, plate_scale
 from pyro_iwae.traces import Pair, run_pair
 
-__all__ = ["Drawn", "EnclosingPlates", "Minibatch", "Run", "enclosing_frames", "run_particles"]
+__all__ = ["Call", "Drawn", "EnclosingPlates", "Minibatch", "Run", "enclosing_frames", "run_particles"]
 
 Program = Callable[..., Any]
 
@@ -105,6 +105,25 @@ def enclosing_frames() -> tuple[CondIndepStackFrame, ...]:
 
 
 @dataclass(frozen=True)
+class Call:
+    """What is run.
+
+    Attributes:
+        model: the model.
+        guide: the guide.
+        args: positional arguments of both.
+        kwargs: keyword arguments of both.
+        enclosing: plates, entered further out, to run in.
+    """
+
+    model: Program
+    guide: Program
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+    enclosing: tuple[CondIndepStackFrame, ...] = ()
+
+
+@dataclass(frozen=True)
 class Run:
     """How particles are run.
 
@@ -124,28 +143,20 @@ class Run:
 
 
 def run_particles(
-    model: Program,
-    guide: Program,
-    args: tuple[Any, ...],
-    kwargs: Mapping[str, Any],
+    call: Call,
     *,
     num_particles: int,
     run: Run,
     minibatch: Minibatch,
-    enclosing: Sequence[CondIndepStackFrame] = (),
     values: Mapping[str, Tensor] | None = None,
 ) -> list[Pair]:
     """Runs K particles: one pair of traces if vectorised, else K pairs.
 
     Args:
-        model: the model.
-        guide: the guide.
-        args: positional arguments of both.
-        kwargs: keyword arguments of both.
+        call: what to run.
         num_particles: K.
         run: how.
         minibatch: the indices to share.
-        enclosing: plates, entered further out, to run in.
         values: values for latents of the guide, each of shape ``(particles, *site shape)``.
     """
     dim = run.particle_dim(num_particles)
@@ -154,9 +165,17 @@ def run_particles(
         enumerate_from = -1 - run.depth if dim is None else dim - 1
 
     def once(around: Callable[[Program], Program], given: Mapping[str, Tensor] | None) -> Pair:
-        return run_pair(model, guide, args, kwargs, around=around, values=given, enumerate_from=enumerate_from)
+        return run_pair(
+            call.model,
+            call.guide,
+            call.args,
+            call.kwargs,
+            around=around,
+            values=given,
+            enumerate_from=enumerate_from,
+        )
 
-    outside = EnclosingPlates(enclosing)  # within poutine.replay, as plates must be to broadcast
+    outside = EnclosingPlates(call.enclosing)  # within poutine.replay, as plates must be to broadcast
     with unchanged_enumeration(), minibatch:
         if dim is not None:
             plate = ParticlePlate(f"_importance_particles_{-dim}", num_particles, dim=dim)
@@ -232,22 +251,3 @@ def settable(site: Site) -> bool:
     while hasattr(fn, "base_dist"):
         fn = fn.base_dist
     return isinstance(fn, Drawn) or not isinstance(fn, Delta)
-
-
-def select(values: Mapping[str, Tensor], index: Tensor, sites: Mapping[str, Site], layout: Layout) -> dict[str, Tensor]:
-    """Takes one particle for each independent element.
-
-    Args:
-        values: by site name, ``(particles, *site shape)``.
-        index: the particle of each element, ``(draws, *plates)``.
-        sites: the sites, by name.
-        layout: where the columns lie.
-
-    Returns:
-        By site name, ``(draws, *site shape)``.
-    """
-    chosen = {}
-    for name, value in values.items():
-        where = layout.align(index, sites[name], value)
-        chosen[name] = value.gather(0, where.expand(-1, *value.shape[1:]))
-    return chosen

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from pyro_iwae.elbo import require_callables
 from pyro_iwae.inspection import inspect, unchanged_state
+from pyro_iwae.particles import Call
 from pyro_iwae.plates import Layout, Scale, Site, latent_sites, own_scale
 from pyro_iwae.structure import Structure
 from pyro_iwae.terms import is_zero, outer_scale
@@ -160,7 +161,7 @@ def preflight(model: Callable[..., Any], guide: Callable[..., Any], *args: Any, 
     messages: list[str] = []
     structure, layout = None, Layout()
     try:
-        structure = inspect(model, guide, args, kwargs, vectorize=None)
+        structure = inspect(Call(model, guide, args, kwargs), vectorize=None)
     except (ValueError, NotImplementedError) as error:
         problems.append(str(error))
     else:

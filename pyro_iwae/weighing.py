@@ -10,17 +10,16 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from pyro.poutine.indep_messenger import CondIndepStackFrame
 from torch import Tensor
 
 from pyro_iwae.inspection import inspect
 from pyro_iwae.logweights import LogWeights
-from pyro_iwae.particles import Minibatch, run_particles
+from pyro_iwae.particles import Call, Minibatch, run_particles
 from pyro_iwae.plates import Layout, is_subsampled, latent_sites, own_scale, same_scale
 from pyro_iwae.structure import Structure, StructureCache
 from pyro_iwae.terms import Term, outer_scale, sum_columns, terms_of, weighed_sites
@@ -41,51 +40,36 @@ class Particles:
 
 
 def weigh_particles(
-    model: Callable[..., Any],
-    guide: Callable[..., Any],
-    args: tuple[Any, ...],
-    kwargs: Mapping[str, Any],
+    call: Call,
     *,
     num_particles: int,
     cache: StructureCache,
     vectorize: bool | None,
     max_plate_nesting: float,
     warn_of_enumeration: bool = True,
-    enclosing: Sequence[CondIndepStackFrame] = (),
     minibatch: Minibatch | None = None,
     values: Mapping[str, Any] | None = None,
 ) -> Particles:
     """Runs and weighs K particles; model and guide are inspected when they, their sites or their plates are new.
 
     Args:
-        model: the model.
-        guide: the guide.
-        args: positional arguments of both.
-        kwargs: keyword arguments of both.
+        call: what to run.
         num_particles: K.
         cache: where the verdicts are kept.
         vectorize: True and False force; None goes by the inspection.
         max_plate_nesting: as for ``Trace_ELBO``.
         warn_of_enumeration: warn where K > 1 samples guide sites that ask for enumeration.
-        enclosing: plates, entered further out, to run in.
         minibatch: indices that are settled already.
         values: values for latents of the guide, as a run of K particles wants them.
     """
-    modes = tuple(getattr(fn, "training", None) for fn in (model, guide))  # BatchNorm mixes elements in training
-    key = cache.key(model, guide, modes, tuple((f.name, f.dim) for f in enclosing), vectorize, max_plate_nesting)
+    programs = call.model, call.guide
+    modes = tuple(getattr(fn, "training", None) for fn in programs)  # BatchNorm mixes elements in training
+    plates = tuple((f.name, f.dim) for f in call.enclosing)
+    key = cache.key(*programs, modes, plates, vectorize, max_plate_nesting)
     minibatch = Minibatch() if minibatch is None else minibatch
 
     def look() -> Structure:
-        structure = inspect(
-            model,
-            guide,
-            args,
-            kwargs,
-            vectorize=vectorize,
-            max_plate_nesting=max_plate_nesting,
-            enclosing=enclosing,
-            minibatch=minibatch,
-        )
+        structure = inspect(call, vectorize=vectorize, max_plate_nesting=max_plate_nesting, minibatch=minibatch)
         structure = _announce(structure, num_particles, warn_of_enumeration, cache.latest(key))
         attempts = 1 if known is None else known.attempts + 1
         structure = replace(structure, probe=None, attempts=attempts)
@@ -93,17 +77,7 @@ def weigh_particles(
         return structure
 
     def run(structure: Structure) -> list[Pair]:
-        return run_particles(
-            model,
-            guide,
-            args,
-            kwargs,
-            num_particles=num_particles,
-            run=structure.run,
-            minibatch=minibatch,
-            enclosing=enclosing,
-            values=values,
-        )
+        return run_particles(call, num_particles=num_particles, run=structure.run, minibatch=minibatch, values=values)
 
     known = cache.latest(key)
     structure = look() if known is None or not known.settled else known

@@ -1,0 +1,152 @@
+# Copyright Contributors to the pyro_iwae project.
+# SPDX-License-Identifier: Apache-2.0
+
+"""One draw out of K weighed particles: its values and its log density."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from pyro import poutine
+from pyro.infer import infer_discrete
+from pyro.poutine import Trace
+from pyro.poutine.indep_messenger import CondIndepStackFrame
+from torch import Tensor
+
+from pyro_iwae.gradients import VIMCO, Pathwise
+from pyro_iwae.logweights import LogWeights
+from pyro_iwae.particles import (
+    Call,
+    EnclosingPlates,
+    Minibatch,
+    spread_value,
+    stacked_latents,
+    stacked_value,
+    unchanged_enumeration,
+)
+from pyro_iwae.plates import Layout, Site, latent_sites
+from pyro_iwae.terms import joint_log_density, model_log_density
+from pyro_iwae.weighing import Particles
+
+__all__ = ["Selection", "difference", "latent_values", "model_values", "select"]
+
+
+@dataclass(frozen=True)
+class Selection:
+    """One draw: values by site (model latents and enumerated sites), and log q~ by independent element."""
+
+    values: dict[str, Tensor]
+    sites: dict[str, Site]
+    log_density: Tensor
+    pathwise: Tensor | None = None  # where the guide has discrete sites, the pieces of the gradient of log q~
+    score: Tensor | None = None
+
+
+def select(call: Call, particles: Particles, index: Tensor) -> Selection:
+    """Takes one particle for each independent element.
+
+    Args:
+        call: what was run.
+        particles: K weighed particles.
+        index: the particle of each element, ``(*plates)``.
+    """
+    layout, weights = particles.layout, particles.weights
+    chosen, sites = _chosen_latents(particles, index)
+    log_p = torch.cat([model_log_density(p, layout) for p in particles.pairs])
+    log_p = log_p.expand(weights.log_weights.shape).gather(0, index.unsqueeze(0)).squeeze(0)
+    if particles.structure.run.enumerated:
+        trace = _draw_enumerated(call, chosen, particles.minibatch, particles.structure.run.depth)
+        drawn = dict(latent_sites(trace))
+        log_p = joint_log_density(trace, particles.pairs[0].guide, Layout(layout.plates, None)).squeeze(0)
+        sites |= drawn
+        chosen |= {n: s["value"] for n, s in drawn.items()}
+    values, sites = _of_model(chosen, sites)
+    density = difference(log_p, _differentiable_bound(weights))
+    if weights.score is None:
+        return Selection(values, sites, density)
+    return Selection(values, sites, density, difference(log_p, weights.bound()), weights.score.sum(0))
+
+
+def latent_values(particles: Particles) -> tuple[dict[str, Tensor], dict[str, Site]]:
+    """All particles' latents, ``(particles, *site shape)``, and their sites."""
+    values = stacked_latents(
+        particles.pairs,
+        run=particles.structure.run,
+        num_particles=particles.weights.num_particles,
+        batch_dims=particles.structure.batch_dims,
+    )
+    return values, dict(latent_sites(particles.pairs[0].guide))
+
+
+def model_values(call: Call, particles: Particles) -> tuple[dict[str, Tensor], dict[str, Site]]:
+    """The same for the model's latents, without the guide's own; enumerated sites are drawn for each particle."""
+    values, sites = _of_model(*latent_values(particles))
+    run, count = particles.structure.run, particles.weights.num_particles
+    if not run.enumerated:
+        return values, sites
+    dim = run.particle_dim(count)
+    if dim is None:
+        rows = [{n: v[k] for n, v in values.items()} for k in range(count)]
+        traces = [_draw_enumerated(call, row, particles.minibatch, run.depth) for row in rows]
+    else:
+        frame = CondIndepStackFrame(f"_importance_particles_{-dim}", dim, count, 0)
+        spread = {n: spread_value(v, sites[n], run) for n, v in values.items()}
+        traces = [_draw_enumerated(call, spread, particles.minibatch, -dim, (frame,))]
+    for name, site in latent_sites(traces[0]):
+        sites[name] = site
+        same = [t.nodes[name] for t in traces]
+        values[name] = stacked_value(same, particle_dim=dim, num_particles=count)
+    return values, sites
+
+
+def difference(log_p: Tensor, bound: Tensor) -> Tensor:
+    """log q~ = log p(x, z) - Lhat; 0 where every particle is impossible, so that the draw's value is -inf, not NaN."""
+    return torch.where(bound == -torch.inf, 0.0, log_p - torch.where(bound == -torch.inf, 0.0, bound))
+
+
+def _chosen_latents(particles: Particles, index: Tensor) -> tuple[dict[str, Tensor], dict[str, Site]]:
+    """The guide's latents, ``(*site shape)``, each element from the particle chosen for it."""
+    if not particles.layout.plates and len(particles.pairs) > 1:  # sequential: sites may differ between particles
+        sites = dict(latent_sites(particles.pairs[int(index)].guide))
+        return {n: s["value"] for n, s in sites.items()}, sites
+    values, sites = latent_values(particles)
+    chosen = {}
+    for name, value in values.items():
+        where = particles.layout.align(index.unsqueeze(0), sites[name], value)
+        chosen[name] = value.gather(0, where.expand(-1, *value.shape[1:])).squeeze(0)
+    return chosen, sites
+
+
+def _of_model(values: Mapping[str, Tensor], sites: Mapping[str, Site]) -> tuple[dict[str, Tensor], dict[str, Site]]:
+    """Without the guide's auxiliary latents."""
+    names = [n for n in values if not sites[n]["infer"].get("is_auxiliary")]
+    return {n: values[n] for n in names}, {n: sites[n] for n in names}
+
+
+def _draw_enumerated(
+    call: Call,
+    latents: Mapping[str, Tensor],
+    minibatch: Minibatch,
+    depth: int,
+    further: tuple[CondIndepStackFrame, ...] = (),
+) -> Trace:
+    """A model trace at these latents in which the sites that were summed out are drawn from p(c | z, x)."""
+
+    def given_latents(*args: Any, **kwargs: Any) -> Any:  # infer_discrete hides all that is further out
+        with minibatch:
+            around = EnclosingPlates(further or call.enclosing)
+            return poutine.condition(around(call.model), dict(latents))(*args, **kwargs)
+
+    with unchanged_enumeration():
+        drawing = infer_discrete(given_latents, first_available_dim=-depth - 1)
+        return poutine.trace(drawing).get_trace(*call.args, **call.kwargs)
+
+
+def _differentiable_bound(weights: LogWeights) -> Tensor:
+    """Value of the bound and gradient of its estimator, whatever the guide's sites; it needs no score term outside."""
+    totals = weights.totals()
+    surrogate = Pathwise().surrogate(weights, totals) + VIMCO().surrogate(weights, totals)
+    return totals.log_mean + (surrogate - surrogate.detach())
