@@ -77,7 +77,7 @@ def mlp(inputs, hidden, outputs):
 
 
 class VAE(nn.Module):
-    def __init__(self, name, pixels, levels, latents=20, hidden=100):
+    def __init__(self, name, pixels, levels, latents, hidden=100):
         super().__init__()
         self.name, self.levels, self.latents = name, levels, latents
         self.encoder = mlp(pixels, hidden, 2 * latents)
@@ -112,7 +112,7 @@ class VAE(nn.Module):
 
 def train(loss, digits, levels, args, progress):
     pyro.set_rng_seed(args.seed)
-    vae = VAE(type(loss).__name__, digits.shape[1], levels)
+    vae = VAE(type(loss).__name__, digits.shape[1], levels, args.latents)
     svi = SVI(vae.model, vae.guide, pyro.optim.Adam({"lr": 1e-3}), loss=loss)
     epochs = progress(range(args.epochs), desc=f"train with {vae.name}", unit="epoch")
     for _ in epochs:
@@ -317,6 +317,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--data", help="MNIST instead of scikit-learn's digits: an idx (gzipped or not) or npz file")
     parser.add_argument("--epochs", type=int, help="default: 200, or 5 with --data")
+    parser.add_argument("--latents", type=int, default=20)
     parser.add_argument("--num-particles", type=int, default=50, help="K, in training and in the resampled guide")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path, default=Path("digits_vae_output"), help="folder for the figures")
