@@ -48,7 +48,10 @@ def other_values(value: Tensor, site: Site) -> Tensor:
     fn = site["fn"]
     if not getattr(fn, "has_enumerate_support", False) or fn.event_dim > 0:
         return value.roll(-1, 0)
-    support = fn.enumerate_support(expand=False).flatten()
+    try:
+        support = fn.enumerate_support(expand=False).flatten()
+    except NotImplementedError:  # it differs from element to element, as a Binomial's of several total counts
+        return value.roll(-1, 0)
     if support.numel() < 2:
         return value.roll(-1, 0)
     position = (value.unsqueeze(-1) == support).to(torch.uint8).argmax(-1)

@@ -13,6 +13,7 @@ from pyro import poutine
 from pyro.infer import Trace_ELBO, TraceEnum_ELBO
 
 from pyro_iwae import ImportanceWeightedELBO, exact
+from tests.statistics import assert_mean
 
 pytestmark = pytest.mark.usefixtures("double")
 K = 4
@@ -434,6 +435,27 @@ def test_every_latent_must_have_differed_in_a_conclusive_check(vectorize, unchec
         for _ in range(20):
             weights = elbo.log_weights(model, guide)
         assert weights.plates == ()
+
+
+def test_latents_with_a_support_of_their_own_in_each_element():
+    """Their support cannot be listed for all elements at once, so that the check moves values between particles."""
+    counts, data = torch.tensor([2.0, 5.0]), torch.tensor([1.0, 2.0])
+
+    def model():
+        with pyro.plate("data", 2):
+            z = pyro.sample("z", dist.Binomial(counts, torch.tensor(0.4)))
+            normal("x", z, obs=data)
+
+    def guide():
+        with pyro.plate("data", 2):
+            pyro.sample("z", dist.Binomial(counts, torch.tensor(0.5)))
+
+    weights = ImportanceWeightedELBO(num_particles=5000).log_weights(model, guide)
+    assert weights.plates == ("data",)
+    for i in range(2):
+        z = torch.arange(counts[i] + 1)
+        joint = dist.Binomial(counts[i], torch.tensor(0.4)).log_prob(z) + dist.Normal(z, 1.0).log_prob(data[i])
+        assert_mean(weights.log_weights[:, i].exp(), joint.logsumexp(0).exp())
 
 
 # Outside the plates
