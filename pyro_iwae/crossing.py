@@ -1,41 +1,53 @@
 # Copyright Contributors to the pyro_iwae project.
 # SPDX-License-Identifier: Apache-2.0
 
-"""Moving elements from particle to particle, and seeing which terms follow.
+"""Moving elements from particle to particle, and seeing which densities follow.
 
-Give some elements of a plate the latents of another particle and run again: a site whose term changes at an element
-that kept its own latents mixes the elements.
+Give some elements of a plate the latents of another particle and run again: a site whose log density changes at an
+element that kept its own latents mixes the elements. Particles themselves are elements too.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
+from pyro.distributions.util import scale_and_mask
 from torch import Tensor
 
-from pyro_iwae.plates import Site
-from pyro_iwae.terms import Term
+from pyro_iwae.plates import Layout, Site
+from pyro_iwae.traces import Pair, log_prob_of
 
-__all__ = ["close", "cross_elements", "enough_particles", "first_mixed", "other_values", "separating"]
+__all__ = [
+    "close",
+    "cross_elements",
+    "enough_particles",
+    "first_mixed",
+    "other_values",
+    "roughly_close",
+    "separating_rounds",
+    "site_values",
+]
+
+
+def separating_rounds(num_particles: int, sizes: Sequence[int]) -> Tensor:
+    """Which elements move in each particle, ``(rounds, particles, *sizes)``, in as many rounds as it takes.
+
+    For any two elements there is a particle where the one moves and the other stays: particle by particle, the bits
+    of the elements' numbers, and the same bits turned over.
+    """
+    elements = math.prod(sizes)
+    bits = enough_particles(elements) // 2
+    rounds = -(-2 * bits // num_particles)
+    numbers, particles = torch.arange(elements), torch.arange(rounds * num_particles).unsqueeze(-1)
+    moved = (numbers >> (particles // 2 % bits)) & 1 == particles % 2
+    return moved.reshape(rounds, num_particles, *sizes)
 
 
 def enough_particles(elements: int) -> int:
-    """Particles that :func:`separating` needs to part any two of so many elements."""
+    """Particles that it takes to part any two of so many elements in one round."""
     return 2 * max(1, math.ceil(math.log2(max(1, elements))))
-
-
-def separating(shape: tuple[int, ...]) -> Tensor:
-    """Which elements move in each particle: for any two there is a particle where the one moves and the other stays.
-
-    Particle by particle, the bits of the elements' numbers, and the same bits turned over.
-    """
-    elements = math.prod(shape[1:])
-    bits = enough_particles(elements) // 2
-    numbers, particles = torch.arange(elements), torch.arange(shape[0]).unsqueeze(-1)
-    moved = (numbers >> (particles // 2 % bits)) & 1 == particles % 2
-    return moved.reshape(shape)
 
 
 def cross_elements(value: Tensor, moved: Tensor, others: Tensor | None = None) -> Tensor:
@@ -58,34 +70,95 @@ def other_values(value: Tensor, site: Site) -> Tensor:
     return support[(position + 1) % support.numel()].to(value)
 
 
+def site_values(pairs: Sequence[Pair], particle_dim: int | None) -> dict[tuple[str, str], Tensor]:
+    """The log density at each site, element by element, ``(particles or 1, *enumerated dims, *batch)``.
+
+    Sums would hide a small change behind the rounding of a large total.
+    """
+    tables = [
+        {
+            (role, name): scale_and_mask(log_prob_of(site).detach(), site["scale"], site["mask"])
+            for role, name, site in pair.sites()
+        }
+        for pair in pairs
+    ]
+    found = {}
+    for key in tables[0]:
+        values = [t[key] for t in tables if key in t]
+        if particle_dim is not None:
+            (value,) = values
+            found[key] = _widened(value, -particle_dim, at=0).movedim(particle_dim, 0)
+        elif len(values) == len(tables):
+            found[key] = torch.stack(torch.broadcast_tensors(*values))
+    return found
+
+
 def first_mixed(
-    before: Mapping[tuple[str, str], Term], after: Mapping[tuple[str, str], Term], moved: Tensor
-) -> str | None:
-    """The first site whose term changed at an element whose own latents did not move."""
+    before: Mapping[tuple[str, str], Tensor],
+    after: Mapping[tuple[str, str], Tensor],
+    sites: Mapping[tuple[str, str], Site],
+    moved: Tensor,
+    layout: Layout,
+) -> tuple[str, str] | None:
+    """(role, name) of the first site that changed at an element whose own latents did not move.
+
+    Args:
+        before: from :func:`site_values`.
+        after: the same after elements have moved.
+        sites: the sites.
+        moved: which elements have, ``(particles, *plates)``.
+        layout: where the elements lie.
+    """
     for key in before.keys() | after.keys():
         if key not in before or key not in after:
-            return key[1]  # the site itself came or went
-    for key, term in before.items():
-        a, b = torch.broadcast_tensors(term.value.detach(), after[key].value.detach())
-        if term.element is not None:
-            still = ~moved
-            for index in term.element:
+            return key  # the site itself came or went
+    width = -min(layout.dims, default=0)
+    for key, value in before.items():
+        a, b = _widened(value, 1 + width), _widened(after[key], 1 + width)
+        element = layout.element(sites[key])
+        if element is not None:
+            still = ~moved.to(a.device)
+            for index in element:
                 still = still[:, index]
-            still = still.to(a.device)
-            a, b = a.expand(still.shape)[still], b.expand(still.shape)[still]
+            elements = dict(zip(layout.dims, still.shape[1:], strict=True))
+            batch = [elements.get(d, 1) for d in range(-width, 0)]
+            still = still.reshape([still.shape[0]] + [1] * (max(a.dim(), b.dim()) - 1 - width) + batch)
+            a, b, still = torch.broadcast_tensors(_widened(a, still.dim()), _widened(b, still.dim()), still)
+            a, b = a[still], b[still]
         if not close(a, b):
-            return key[1]
+            return key
     return None
 
 
-def close(a: Tensor, b: Tensor, *, loose: bool = False, eps: float = 0.0) -> bool:
-    """Equal to rounding; ``loose`` allows for sums taken in another order."""
-    a, b = torch.broadcast_tensors(a.detach(), b.detach().to(a))
+def close(a: Tensor, b: Tensor) -> bool:
+    """Whether runs with the same shapes gave the same: each value to rounding."""
+    return _within(a, b, 2e2, torch.maximum)
+
+
+def roughly_close(a: Tensor, b: Tensor, eps: float = 0.0) -> bool:
+    """Whether runs with other shapes gave the same, where other kernels round in another way.
+
+    Args:
+        a: values, the particles in front.
+        b: likewise.
+        eps: the coarsest precision on the way to them.
+    """
+    rank = max(a.dim(), b.dim())
+    return _within(_widened(a, rank), _widened(b, rank), 1e4, lambda x, y: torch.maximum(x, y).max(), eps)
+
+
+def _within(a: Tensor, b: Tensor, factor: float, size: Callable[[Tensor, Tensor], Tensor], eps: float = 0.0) -> bool:
+    a, b = torch.broadcast_tensors(a, b.to(a))
     finite = a.isfinite() & b.isfinite()
     if bool(((a != b) & ~finite & ~(a.isnan() & b.isnan())).any()):
         return False
     a, b = a[finite], b[finite]
     if a.numel() == 0:
         return True
-    tolerance = max(eps, torch.finfo(a.dtype).eps) * (1e4 if loose else 2e2)
-    return bool(((a - b).abs() <= tolerance * (1.0 + torch.maximum(a.abs(), b.abs()).max())).all())
+    tolerance = factor * max(eps, torch.finfo(a.dtype).eps) * (1.0 + size(a.abs(), b.abs()))
+    return bool(((a - b).abs() <= tolerance).all())
+
+
+def _widened(value: Tensor, rank: int, at: int = 1) -> Tensor:
+    """With dimensions of size 1 put in, after the particles' or in front, to have so many in all."""
+    return value.reshape(value.shape[:at] + (1,) * max(0, rank - value.dim()) + value.shape[at:])

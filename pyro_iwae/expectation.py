@@ -6,13 +6,12 @@
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Callable, Iterator, Mapping
 
 import torch
 from torch import Tensor
 
-from pyro_iwae.crossing import cross_elements, enough_particles, separating
+from pyro_iwae.crossing import cross_elements, separating_rounds
 from pyro_iwae.logweights import LogWeights
 from pyro_iwae.plates import Layout, Site
 
@@ -62,7 +61,7 @@ def _alignment(
     if not layout.plates:
         return lambda columns: columns.reshape(columns.shape[:1] + (1,) * (result.dim() - 1))
     possible = list(_possible(result, layout))
-    for moved in _rounds(weights).to(result.device):
+    for moved in separating_rounds(weights.num_particles, weights.log_weights.shape[1:]).to(result.device):
         crossed = {n: cross_elements(v, layout.align(moved, sites[n], v)) for n, v in values.items()}
         after = fn(crossed)
         possible = [a for a in possible if _follows(after, cross_elements(result, a(moved)))]
@@ -73,13 +72,6 @@ def _alignment(
         f"result of shape {tuple(result.shape)} that mixes them or drops their dimension; each element is weighed by "
         "itself. Average over draws instead: fn(posterior.sample(num_draws, ...)).mean(0)"
     )
-
-
-def _rounds(weights: LogWeights) -> Tensor:
-    """Which elements move in each particle, in as many rounds as it takes to part any two of them."""
-    particles, *sizes = weights.log_weights.shape
-    rounds = -(-enough_particles(math.prod(sizes)) // particles)
-    return separating((rounds * particles, *sizes)).reshape(rounds, particles, *sizes)
 
 
 def _follows(after: Tensor, expected: Tensor) -> bool:

@@ -26,12 +26,12 @@ from pyro_iwae.elbo import as_count, require_callables
 from pyro_iwae.emission import Boundary, Emission
 from pyro_iwae.expectation import weighted_mean
 from pyro_iwae.given import weigh_at
-from pyro_iwae.inspection import unchanged_state
 from pyro_iwae.logweights import LogWeights
 from pyro_iwae.particles import Call, Minibatch, enclosing_frames
 from pyro_iwae.plates import Layout
 from pyro_iwae.resampling import multinomial
 from pyro_iwae.selection import Selection, difference, model_values, select
+from pyro_iwae.state import unchanged_state
 from pyro_iwae.structure import Structure, StructureCache
 from pyro_iwae.weighing import Particles, weigh_particles
 
@@ -146,7 +146,7 @@ class ImportanceResampledGuide(torch.nn.Module):
     def _set_up(self, call: Call) -> None:
         """Lets an autoguide take its shape from the model itself, not from the plates around its first call."""
         if call.enclosing and isinstance(poutine.unwrap(self.guide), AutoGuide | AutoMessenger) and not self._is_set_up:
-            with unchanged_state(), poutine.block():
+            with unchanged_state(call.guide), poutine.block():
                 self.guide(*call.args, **call.kwargs)
         self._is_set_up = True
 

@@ -7,25 +7,33 @@ Both are found by running model and guide again, once for each pair of them, wit
 minibatches, buffers) put back afterwards.
 
 Mixing check: give some elements of a plate the latents of another particle and replay. The plate is independent if and
-only if no term changes at an element whose own latents stayed.
+only if no log density changes at an element whose own latents stayed. Particles can share a run only if they pass the
+same check.
 """
 
 from __future__ import annotations
 
 import math
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 import pyro
 import torch
 from pyro import poutine
-from pyro.util import get_rng_state, set_rng_state
 from torch import Tensor
 
-from pyro_iwae.crossing import close, cross_elements, enough_particles, first_mixed, other_values, separating
+from pyro_iwae.crossing import (
+    close,
+    cross_elements,
+    enough_particles,
+    first_mixed,
+    other_values,
+    roughly_close,
+    separating_rounds,
+    site_values,
+)
 from pyro_iwae.particles import (
     Call,
     Drawn,
@@ -38,38 +46,14 @@ from pyro_iwae.particles import (
     stacked_latents,
 )
 from pyro_iwae.plates import IndependentPlate, Layout, Site, candidates, latent_sites, nesting, sample_sites, signature
+from pyro_iwae.state import get_random_state, set_random_state, unchanged_state
 from pyro_iwae.structure import Structure, plate_key
-from pyro_iwae.terms import Term, outer_scale, terms_of
+from pyro_iwae.terms import terms_of
 from pyro_iwae.traces import Pair, require_site_shapes
 
-__all__ = ["inspect", "unchanged_state"]
+__all__ = ["inspect"]
 
-CHECK_PARTICLES = 8  # in a vectorised check; the mixing check of sequential runs makes do with two
-
-
-@contextmanager
-def unchanged_state() -> Iterator[dict[torch.nn.Module, dict[str, Tensor]]]:
-    """Puts random generators and module buffers back; yields the modules that were called, with their buffers."""
-    rng = get_rng_state()
-    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else None
-    seen: dict[torch.nn.Module, dict[str, Tensor]] = {}
-
-    def remember(module: torch.nn.Module, inputs: Any) -> None:
-        if module not in seen:
-            seen[module] = {n: b.clone() for n, b in module.named_buffers(recurse=False)}
-
-    hook = torch.nn.modules.module.register_module_forward_pre_hook(remember)
-    try:
-        yield seen
-    finally:
-        hook.remove()
-        set_rng_state(rng)
-        if cuda is not None:
-            torch.cuda.set_rng_state_all(cuda)
-        with torch.no_grad():
-            for module, buffers in seen.items():
-                for name, value in buffers.items():
-                    getattr(module, name).copy_(value)
+CHECK_PARTICLES = 8  # in a vectorised run; sequential ones make do with half
 
 
 def inspect(
@@ -83,7 +67,7 @@ def inspect(
         max_plate_nesting: as for ``Trace_ELBO``; infinity finds out.
         minibatch: indices that are settled already.
     """
-    with unchanged_state() as modules, poutine.block():
+    with unchanged_state(call.model, call.guide) as modules, poutine.block():
         inspection = _Inspection(call, modules)
         inspection.minibatch.indices.update({} if minibatch is None else minibatch.indices)
         return inspection.verdict(vectorize, max_plate_nesting)
@@ -99,16 +83,18 @@ class _Inspection:
         self.messages: list[str] = []
 
     def verdict(self, vectorize: bool | None, max_plate_nesting: float) -> Structure:
-        (probe,) = self.particles(1, Run(0, False, False))
+        probe, grad = self._probe()
         run = Run(self._depth(probe, max_plate_nesting), False, _asks_enumeration(probe))
         self.batch_dims = {n: batch_dim(s) for n, s in latent_sites(probe.guide)}
-        if run.enumerated:
-            _tables(self.particles(1, run), Layout())  # what cannot be summed out raises here, whatever the run
-        else:
-            require_site_shapes(probe, run.depth)
-        if vectorize is not False:
-            run = self._vectorized(run, forced=vectorize is True)
-        independent, mixed, conclusive = self._independent(run, probe)
+        with torch.set_grad_enabled(grad):
+            if run.enumerated:
+                (pair,) = self.particles(1, run)
+                terms_of(pair, Layout(), None)  # what cannot be summed out raises here, whatever the run
+            else:
+                require_site_shapes(probe, run.depth)
+            if vectorize is not False:
+                run = self._vectorized(run, forced=vectorize is True)
+            independent, mixed, conclusive = self._independent(run, probe)
         self._warn_of_batch_norm()
         return Structure(
             run=run,
@@ -122,6 +108,15 @@ class _Inspection:
             messages=tuple(self.messages),
             probe=probe,
         )
+
+    def _probe(self) -> tuple[Pair, bool]:
+        """One run, without a graph, to save memory; with one where model or guide takes gradients of its own."""
+        alone = Run(0, False, False)
+        try:
+            with torch.no_grad():
+                return self.particles(1, alone)[0], False
+        except RuntimeError:
+            return self.particles(1, alone)[0], torch.is_grad_enabled()
 
     def particles(
         self, count: int, run: Run, values: Mapping[str, Tensor] | None = None, call: Call | None = None
@@ -163,31 +158,37 @@ class _Inspection:
         return run
 
     def _vectorization_fault(self, pairs: list[Pair], wide: Run, narrow: Run) -> str | None:
-        """The site that is not the same in both ways of running, if any; None also where two like runs differ."""
-        count, total = CHECK_PARTICLES, Layout((), wide.particle_dim(CHECK_PARTICLES))
-        values = self._values(pairs, wide, count)
-        together, alone = _tables(pairs, total), self._replay(pairs, values, narrow, count, Layout())
-        together = {k: t for k, t in together.items() if k in alone or k[0] == "model"}
+        """What is not the same in both ways of running, if anything; None also where two like runs differ."""
+        fault, _ = self._mixing_fault(pairs, Layout((), wide.particle_dim(CHECK_PARTICLES)), wide)
+        if fault is not None:
+            return f"{fault[0]} site '{fault[1]}' of one particle follows the latents of others in a vectorised run"
+        values = self._values(pairs, wide, CHECK_PARTICLES)
+        count = CHECK_PARTICLES
+        together, alone = (self._replay(pairs, values, run, count) for run in (wide, narrow))
         if together.keys() != alone.keys():
             names = sorted({n for _, n in together.keys() ^ alone.keys()})
             return f"sites {names} appear in only one of a vectorised and a sequential run"
-        drawn = [v.dtype for v in values.values() if v.is_floating_point()]
-        parameters = [p.dtype for m in self.modules for p in m.parameters() if p.is_floating_point()]
-        eps = max((torch.finfo(t).eps for t in drawn + parameters), default=0.0)  # the coarsest on the way
-        faulty = [k for k, t in alone.items() if not close(t.value, together[k].value, loose=True, eps=eps)]
+        eps = self._coarsest(values)
+        faulty = [k for k, v in alone.items() if not roughly_close(v, together[k], eps)]
         if not faulty:
             return None
-        again = self._replay(pairs, values, narrow, count, Layout())
-        like = self._replay(pairs, values, wide, count, total)
+        like, again = (self._replay(pairs, values, run, count) for run in (wide, narrow))
         for key in faulty:
-            if close(alone[key].value, again[key].value) and close(like[key].value, together[key].value, loose=True):
-                one, other = torch.broadcast_tensors(together[key].value, alone[key].value)
+            if close(alone[key], again[key]) and roughly_close(like[key], together[key]):
+                one, other = together[key].flatten(1).sum(1), alone[key].flatten(1).sum(1)
                 worst = int((one - other).abs().nan_to_num(nan=math.inf).argmax())
+                one, other = torch.broadcast_tensors(one, other)
                 return (
                     f"{key[0]} site '{key[1]}' has log density {one[worst].item():.6g} in a vectorised run and "
                     f"{other[worst].item():.6g} in a sequential replay of the same values"
                 )
         return None
+
+    def _coarsest(self, values: Mapping[str, Tensor]) -> float:
+        """The coarsest precision that model and guide compute with."""
+        drawn = [v.dtype for v in values.values() if v.is_floating_point()]
+        parameters = [p.dtype for m in self.modules for p in m.parameters() if p.is_floating_point()]
+        return max((torch.finfo(t).eps for t in drawn + parameters), default=0.0)
 
     # Independence: hybrids of two particles.
 
@@ -197,55 +198,63 @@ class _Inspection:
             return frozenset(), {}, True
         if not any(True for t in (probe.model, probe.guide) for _ in latent_sites(t)):
             return frozenset(plate_key(p) for p in found.plates), {}, True
-        count = enough_particles(math.prod(p.size for p in found.plates))
-        count = max(count, CHECK_PARTICLES) if run.vectorized else count
+        count = (
+            CHECK_PARTICLES
+            if run.vectorized
+            else min(CHECK_PARTICLES // 2, enough_particles(math.prod(p.size for p in found.plates)))
+        )
         pairs = self.particles(count, run)
         layout = candidates(pairs[0].model, pairs[0].guide, run.particle_dim(count))
-        fault, conclusive = self._mixing_fault(pairs, layout, run, count)
+        fault, conclusive = self._mixing_fault(pairs, layout, run)
         if fault is None:
             return frozenset(plate_key(p) for p in layout.plates), {}, conclusive
         kept: tuple[IndependentPlate, ...] = ()
         mixed = {}
         for plate in layout.plates:
-            fault, _ = self._mixing_fault(pairs, layout.keeping((*kept, plate)), run, count)
+            fault, _ = self._mixing_fault(pairs, layout.keeping((*kept, plate)), run)
             if fault is None:
                 kept = (*kept, plate)
             else:
-                mixed[plate.name] = fault
+                mixed[plate.name] = fault[1]
         return frozenset(plate_key(p) for p in kept), mixed, True
 
-    def _mixing_fault(self, pairs: list[Pair], layout: Layout, run: Run, count: int) -> tuple[str | None, bool]:
+    def _mixing_fault(self, pairs: list[Pair], layout: Layout, run: Run) -> tuple[tuple[str, str] | None, bool]:
         """The site that mixes elements, if any; and whether the particles differed enough to tell.
 
-        Both replays see the same random numbers, for models with randomness of their own.
+        All replays see the same random numbers, for models with randomness of their own.
         """
+        count = CHECK_PARTICLES if run.vectorized else len(pairs)
         values = self._values(pairs, run, count)
-        sites = dict(latent_sites(pairs[0].guide))
-        moved = separating((count, *(p.size for p in layout.plates)))
-        crossed = {
-            n: cross_elements(v, layout.align(moved, sites[n], v), other_values(v, sites[n])) for n, v in values.items()
-        }
-        seed = get_rng_state()
-        before = self._replay(pairs, values, run, count, layout)
-        set_rng_state(seed)
-        after = self._replay(pairs, crossed, run, count, layout)
-        conclusive = all(bool((crossed[n] != v).any()) for n, v in values.items() if settable(sites[n]))
-        return first_mixed(before, after, moved), conclusive
+        latents = dict(latent_sites(pairs[0].guide))
+        others = {n: other_values(v, latents[n]) for n, v in values.items()}
+        sites = {(role, name): site for role, name, site in pairs[0].sites()}
+        unmoved = {n for n in values if settable(latents[n])}
+        seed = get_random_state()
+        before = self._replay(pairs, values, run, count)
+        for moved in separating_rounds(count, [p.size for p in layout.plates]):
+            crossed = {n: cross_elements(v, layout.align(moved, latents[n], v), others[n]) for n, v in values.items()}
+            unmoved -= {n for n in unmoved if bool((crossed[n] != values[n]).any())}
+            set_random_state(seed)
+            after = self._replay(pairs, crossed, run, count)
+            fault = first_mixed(before, after, sites, moved, layout)
+            if fault is not None:
+                return fault, True
+        return None, not unmoved
 
     def _replay(
-        self, pairs: Sequence[Pair], values: Mapping[str, Tensor], run: Run, count: int, layout: Layout
-    ) -> dict[tuple[str, str], Term]:
-        """Terms of model and guide at given values of the guide's latents; of the model alone if the guide cannot."""
+        self, pairs: Sequence[Pair], values: Mapping[str, Tensor], run: Run, count: int
+    ) -> dict[tuple[str, str], Tensor]:
+        """Densities in model and guide at given values of the guide's latents; in the model alone if need be."""
         sites = dict(latent_sites(pairs[0].guide))
+        dim = run.particle_dim(count)
         spread = {n: spread_value(v, sites[n], run) for n, v in values.items()}
         own = {n: v for n, v in spread.items() if settable(sites[n])}
         try:
-            return _tables(self.particles(count, run, own), layout)
+            return site_values(self.particles(count, run, own), dim)
         except (NotImplementedError, KeyError):  # a flow without an inverse cannot be asked for a density
-            together = run.particle_dim(count) is not None
-            shaped = {n: v if together else v[0] for n, v in spread.items()}
+            shaped = {n: v[0] if dim is None else v for n, v in spread.items()}
             pairs = self.particles(count, run, spread, replace(self.call, guide=_stand_in(sites, shaped)))
-            return {k: t for k, t in _tables(pairs, layout).items() if k[0] == "model"}
+            return {k: v for k, v in site_values(pairs, dim).items() if k[0] == "model"}
 
     def _values(self, pairs: Sequence[Pair], run: Run, count: int) -> dict[str, Tensor]:
         stacked = stacked_latents(pairs, run=run, num_particles=count, batch_dims=self.batch_dims)
@@ -258,18 +267,6 @@ class _Inspection:
                 f"{type(norms[0]).__name__} in training mode normalises over the particles and rows that it is given, "
                 "so that a particle's weight depends on the others. Use LayerNorm or GroupNorm, or call .eval() on it"
             )
-
-
-def _tables(pairs: Sequence[Pair], layout: Layout) -> dict[tuple[str, str], Term]:
-    """Terms by site, particles of sequential runs joined."""
-    tables = [{t.key: t for t in terms_of(p, layout, outer_scale(p, layout))} for p in pairs]
-    if len(tables) == 1:
-        return tables[0]
-    return {
-        key: Term(*key, torch.cat([t[key].value for t in tables]), term.element, term.plates)
-        for key, term in tables[0].items()
-        if all(key in t for t in tables)
-    }
 
 
 def _stand_in(sites: Mapping[str, Site], values: Mapping[str, Tensor]) -> Callable[..., None]:

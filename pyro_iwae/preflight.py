@@ -15,9 +15,10 @@ from pyro.poutine.util import site_is_factor
 from torch import Tensor
 
 from pyro_iwae.elbo import require_callables
-from pyro_iwae.inspection import inspect, unchanged_state
+from pyro_iwae.inspection import inspect
 from pyro_iwae.particles import Call
 from pyro_iwae.plates import Layout, Scale, Site, latent_sites, own_scale
+from pyro_iwae.state import unchanged_state
 from pyro_iwae.structure import Structure
 from pyro_iwae.terms import is_zero, outer_scale
 from pyro_iwae.traces import Pair, run_pair
@@ -155,7 +156,7 @@ def preflight(model: Callable[..., Any], guide: Callable[..., Any], *args: Any, 
         (True, False, 'mu')
     """
     require_callables(model, guide)
-    with unchanged_state(), poutine.block():
+    with unchanged_state(model, guide), poutine.block():
         pair = run_pair(model, guide, args, kwargs, matched=False)
     problems: list[str] = []
     messages: list[str] = []

@@ -14,7 +14,7 @@ ROOT = Path(pyro_iwae.__file__).parent
 ORDER = [
     {"exact", "logweights"},
     {"gradients", "resampling"},
-    {"density", "plates"},
+    {"density", "plates", "state"},
     {"traces"},
     {"particles", "terms"},
     {"crossing", "structure"},
