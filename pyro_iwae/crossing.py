@@ -75,13 +75,12 @@ def site_values(pairs: Sequence[Pair], particle_dim: int | None) -> dict[tuple[s
 
     Sums would hide a small change behind the rounding of a large total.
     """
-    tables = [
-        {
-            (role, name): scale_and_mask(log_prob_of(site).detach(), site["scale"], site["mask"])
-            for role, name, site in pair.sites()
-        }
-        for pair in pairs
-    ]
+
+    def seen(site: Site) -> Tensor:
+        mask = None if site["infer"].get("_enumerate_dim") is not None else site["mask"]
+        return scale_and_mask(log_prob_of(site).detach(), site["scale"], mask)
+
+    tables = [{(role, name): seen(site) for role, name, site in pair.sites()} for pair in pairs]
     found = {}
     for key in tables[0]:
         values = [t[key] for t in tables if key in t]

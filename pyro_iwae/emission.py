@@ -27,10 +27,14 @@ __all__ = ["Boundary", "Emission"]
 
 
 class Boundary(Messenger):
-    """Hides the inner run's sites from the handlers outside; parameters and minibatch indices pass."""
+    """Hides the inner run from the handlers outside; parameters and minibatch indices pass.
+
+    What asks for the state around it (``poutine.get_mask``, as autoguides do) finds none: ``Predictive`` masks all that
+    its guide does, and would have it leave out Jacobians, and so weigh wrongly.
+    """
 
     def _process_message(self, msg: Site) -> None:
-        if msg["type"] == ENCLOSING or (msg["type"] == "sample" and not site_is_subsample(msg)):
+        if msg["type"] in (ENCLOSING, "inspect") or (msg["type"] == "sample" and not site_is_subsample(msg)):
             msg["stop"] = True
 
 

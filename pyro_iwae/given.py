@@ -16,7 +16,7 @@ from pyro_iwae.particles import Call, Minibatch, run_particles, settable, spread
 from pyro_iwae.plates import Site, latent_sites
 from pyro_iwae.selection import latent_values
 from pyro_iwae.terms import model_log_density
-from pyro_iwae.traces import Pair
+from pyro_iwae.traces import Pair, Unmasked
 from pyro_iwae.unconstrain import auxiliary_values
 from pyro_iwae.weighing import Particles
 
@@ -76,11 +76,12 @@ def _at_enumerated(call: Call, given: Mapping[str, Tensor], values: Mapping[str,
         raise ValueError(f"expected draws of the model's latents, got {unknown}, which the model does not have")
     together = run.vectorized and count > 1
     rows = [slice(None)] if together else [slice(k, k + 1) for k in range(count)]
+    unmasked = Unmasked(lambda msg: msg["name"] in given)
     pairs = []
     for row in rows:
         fixed = {n: spread_value(v, sites[n], run) if together else v[row.start] for n, v in given.items()}
         pairs += run_particles(
-            replace(call, model=poutine.condition(call.model, fixed)),
+            replace(call, model=unmasked(poutine.condition(call.model, fixed))),
             num_particles=count if together else 1,
             run=run,
             minibatch=at.minibatch,

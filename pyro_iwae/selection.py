@@ -29,6 +29,7 @@ from pyro_iwae.particles import (
 )
 from pyro_iwae.plates import Layout, Site, latent_sites
 from pyro_iwae.terms import joint_log_density, model_log_density
+from pyro_iwae.traces import Unmasked
 from pyro_iwae.weighing import Particles
 
 __all__ = ["Selection", "difference", "latent_values", "model_values", "select"]
@@ -134,15 +135,19 @@ def _draw_enumerated(
     further: tuple[CondIndepStackFrame, ...] = (),
 ) -> Trace:
     """A model trace at these latents in which the sites that were summed out are drawn from p(c | z, x)."""
+    around = EnclosingPlates(further or call.enclosing)
+    unmasked = Unmasked(lambda msg: not msg["is_observed"] and msg["infer"].get("enumerate") == "parallel")
 
     def given_latents(*args: Any, **kwargs: Any) -> Any:  # infer_discrete hides all that is further out
         with minibatch:
-            around = EnclosingPlates(further or call.enclosing)
-            return poutine.condition(around(call.model), dict(latents))(*args, **kwargs)
+            return unmasked(poutine.condition(around(call.model), dict(latents)))(*args, **kwargs)
 
     with unchanged_enumeration():
         drawing = infer_discrete(given_latents, first_available_dim=-depth - 1)
-        return poutine.trace(drawing).get_trace(*call.args, **call.kwargs)
+        trace = poutine.trace(drawing).get_trace(*call.args, **call.kwargs)
+    for name, mask in unmasked.masks.items():  # the density of the draw is what an ELBO outside sees of the model
+        trace.nodes[name]["mask"] = mask
+    return trace
 
 
 def _differentiable_bound(weights: LogWeights) -> Tensor:

@@ -209,7 +209,8 @@ def enumerated_dims(pair: Pair) -> dict[str, Any]:
     names = {s["name"] for s in enum_sites}
     found = {}
     for name, site in sample_sites(pair.model):
-        masked = scale_and_mask(log_prob_of(site), mask=site["mask"])
+        mask = None if name in names else site["mask"]  # masked or not, a site that is summed out sums to one
+        masked = scale_and_mask(log_prob_of(site), mask=mask)
         value = packed.pack(masked, site["infer"]["_dim_to_symbol"])
         if name in names or not symbols.isdisjoint(value._pyro_dims):
             found[name] = value

@@ -53,6 +53,24 @@ class SetValues(Messenger):
             msg["done"] = True
 
 
+class Unmasked(Messenger):
+    """Takes the masks off some sites, and remembers them.
+
+    A masked site that is summed out still sums to one, as in ``TraceEnum_ELBO``: so it is drawn from p(c | z, x)
+    as if there were no mask.
+    """
+
+    def __init__(self, wanted: Callable[[Site], bool]) -> None:
+        super().__init__()
+        self.wanted = wanted
+        self.masks: dict[str, Any] = {}
+
+    def _process_message(self, msg: Site) -> None:
+        if msg["type"] == "sample" and self.wanted(msg):
+            self.masks[msg["name"]] = msg["mask"]
+            msg["mask"] = None
+
+
 def run_pair(
     model: Callable[..., Any],
     guide: Callable[..., Any],
