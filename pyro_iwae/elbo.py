@@ -13,13 +13,13 @@ from typing import Any
 from pyro.infer import ELBO, Trace_ELBO, TraceEnum_ELBO
 from pyro.infer.util import torch_item, zero_grads
 from pyro.poutine import Trace
-from pyro.util import get_rng_state, set_rng_state
 from torch import Tensor
 
 from pyro_iwae.gradients import VIMCO, Gradient, Pathwise
 from pyro_iwae.logweights import LogWeights
 from pyro_iwae.particles import Call
 from pyro_iwae.plates import latent_sites, nesting
+from pyro_iwae.state import get_random_state, set_random_state
 from pyro_iwae.structure import StructureCache
 from pyro_iwae.terms import outer_scale, terms_of
 from pyro_iwae.traces import fill_densities, require_site_shapes, run_pair
@@ -37,10 +37,20 @@ def as_count(name: str, value: Any, *, least: int = 1) -> int:
             raise TypeError
         count = operator.index(value)
     except TypeError:
-        raise TypeError(f"expected {name} to be a whole number, got {value!r}; write for example {name}=64") from None
+        raise TypeError(
+            f"expected {name} to be a whole number, got {value!r}; write for example {name}={max(least, 1)}"
+        ) from None
     if count < least:
         raise ValueError(f"expected {name} >= {least}, got {count}")
     return count
+
+
+def require_options(vectorize_particles: Any, max_plate_nesting: Any) -> None:
+    """Raises where an option that ELBO and guide share is none of those that it can be."""
+    if not (vectorize_particles is None or isinstance(vectorize_particles, bool)):
+        raise TypeError(f"expected vectorize_particles to be None, True or False, got {vectorize_particles!r}")
+    if max_plate_nesting != math.inf:
+        as_count("max_plate_nesting", max_plate_nesting, least=0)
 
 
 def require_callables(model: Any, guide: Any) -> None:
@@ -127,8 +137,7 @@ class ImportanceWeightedELBO(ELBO):
             retain_graph=retain_graph,
             tail_adaptive_beta=tail_adaptive_beta,
         )
-        if vectorize_particles not in (None, True, False):
-            raise TypeError(f"expected vectorize_particles to be None, True or False, got {vectorize_particles!r}")
+        require_options(vectorize_particles, self.max_plate_nesting)
         for name, estimator in (("gradient", gradient), ("score", score)):
             if estimator is not None and not isinstance(estimator, Gradient):
                 raise TypeError(f"expected {name} to be an estimator such as Pathwise() or VIMCO(), got {estimator!r}")
@@ -220,12 +229,12 @@ class ImportanceWeightedELBO(ELBO):
         key = self._structures.key(model, guide)
         depth = self._structures.enumerated.get(key)
         if depth is None:
-            rng = get_rng_state()
+            random = get_random_state()
             try:
                 single = _SingleParticle(retain_graph=self.retain_graph)
                 return getattr(single, method)(model, guide, *args, **kwargs)
             except _EnumerationAsked as asked:
-                set_rng_state(rng)
+                set_random_state(random)
                 depth = self._structures.enumerated[key] = asked.depth
         exact = TraceEnum_ELBO(
             max_plate_nesting=depth if self.max_plate_nesting == math.inf else self.max_plate_nesting,

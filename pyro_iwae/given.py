@@ -53,7 +53,7 @@ def weigh_at(
         )
     values = {n: _as_run(known[n], s, first, call, count) for n, s in sites.items()}
     try:
-        at = weigh(call, count, values=values, minibatch=minibatch)
+        at = weigh(call, count, values=values, minibatch=minibatch, averaged=False)
     except (KeyError, NotImplementedError) as error:  # a flow without an inverse
         raise NotImplementedError(
             "expected a guide that can be asked for its density at given latents, got "

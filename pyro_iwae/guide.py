@@ -11,7 +11,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-import pyro
 import torch
 from jaxtyping import Float
 from pyro import poutine
@@ -22,16 +21,16 @@ from pyro.poutine.messenger import block_messengers
 from torch import Tensor
 
 from pyro_iwae.density import elbo_bracket, log_density
-from pyro_iwae.elbo import as_count, require_callables
+from pyro_iwae.elbo import as_count, require_callables, require_options
 from pyro_iwae.emission import Boundary, Emission
 from pyro_iwae.expectation import weighted_mean
 from pyro_iwae.given import weigh_at
 from pyro_iwae.logweights import LogWeights
-from pyro_iwae.particles import Call, Minibatch, enclosing_frames
+from pyro_iwae.particles import Call, Minibatch, ParticlePlate, enclosing_frames
 from pyro_iwae.plates import Layout
 from pyro_iwae.resampling import multinomial
 from pyro_iwae.selection import Selection, difference, model_values, select
-from pyro_iwae.state import unchanged_state
+from pyro_iwae.state import module_behind, unchanged_state
 from pyro_iwae.structure import Structure, StructureCache
 from pyro_iwae.weighing import Particles, weigh_particles
 
@@ -68,6 +67,9 @@ class ImportanceResampledGuide(torch.nn.Module):
     own choice, each draw has its own K particles. Under ``Trace_ELBO`` the value of a draw is the log-mean-exp of its
     weights and its gradient that of the importance weighted bound.
 
+    It weighs its particles by the data, so it must be called with them. For predictions at other inputs draw first:
+    ``Predictive(model, posterior_samples=posterior.sample(1000, x, y))(x_new)``.
+
     See "Reinterpreting Importance-Weighted Autoencoders" (Cremer, Morris, Duvenaud 2017,
     https://arxiv.org/abs/1704.02916).
 
@@ -84,7 +86,7 @@ class ImportanceResampledGuide(torch.nn.Module):
 
     Example::
 
-        >>> import pyro.distributions as dist
+        >>> import pyro, pyro.distributions as dist
         >>> from pyro.infer import Predictive
         >>> def model(x):
         ...     z = pyro.sample("z", dist.Normal(0.0, 1.0))
@@ -108,8 +110,11 @@ class ImportanceResampledGuide(torch.nn.Module):
     ) -> None:
         super().__init__()
         require_callables(model, guide)
+        require_options(vectorize_particles, max_plate_nesting)
         self.model = model
         self.guide = guide
+        behind = {m: None for m in map(module_behind, (model, guide)) if m is not None and m not in (model, guide)}
+        self.owners = torch.nn.ModuleList(behind)  # of model and guide that are methods: vae.model, vae.guide
         self.num_particles = as_count("num_particles", num_particles)
         self.vectorize_particles = vectorize_particles
         self.max_plate_nesting = max_plate_nesting
@@ -146,7 +151,7 @@ class ImportanceResampledGuide(torch.nn.Module):
     def _set_up(self, call: Call) -> None:
         """Lets an autoguide take its shape from the model itself, not from the plates around its first call."""
         if call.enclosing and isinstance(poutine.unwrap(self.guide), AutoGuide | AutoMessenger) and not self._is_set_up:
-            with unchanged_state(call.guide), poutine.block():
+            with poutine.block(), unchanged_state(call.guide):
                 self.guide(*call.args, **call.kwargs)
         self._is_set_up = True
 
@@ -163,6 +168,7 @@ class ImportanceResampledGuide(torch.nn.Module):
         *,
         values: Mapping[str, Tensor] | None = None,
         minibatch: Minibatch | None = None,
+        averaged: bool = True,
     ) -> Particles:
         return weigh_particles(
             call,
@@ -172,6 +178,7 @@ class ImportanceResampledGuide(torch.nn.Module):
             max_plate_nesting=self.max_plate_nesting,
             values=values,
             minibatch=minibatch,
+            averaged=averaged,
         )
 
     def _density_at(self, call: Call, values: Mapping[str, Tensor], particles: Particles) -> Selection:
@@ -184,8 +191,18 @@ class ImportanceResampledGuide(torch.nn.Module):
 
     # Away from Pyro's handlers
 
+    @contextmanager
+    def _apart(self) -> Iterator[None]:
+        """Without a graph, on one minibatch, and out of reach of the handlers outside, but for parameters."""
+        hidden = poutine.block(hide_fn=lambda msg: msg["type"] != "param")
+        with torch.no_grad(), block_messengers(lambda m: isinstance(m, LiftMessenger)), hidden, Minibatch():
+            yield
+
     def sample(self, num_draws: int, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
         """Independent draws from q_EW, each with K particles of its own.
+
+        All draws are of one minibatch where a plate is subsampled; say ``pyro.plate(..., subsample=indices)`` to
+        know which. The same holds for the methods below.
 
         Args:
             num_draws: how many.
@@ -194,19 +211,21 @@ class ImportanceResampledGuide(torch.nn.Module):
 
         Returns:
             By name of the model's latent (enumerated ones included), ``(num_draws, *site shape)``, without a graph.
+
+        Raises:
+            ValueError: where the latents differ from draw to draw.
         """
         num_draws = as_count("num_draws", num_draws)
-        with torch.no_grad(), poutine.block():
+        with self._apart():
             structure = self._weigh(self._call(args, kwargs), 1).structure
             if not structure.run.vectorized:
-                draws = [self(*args, **kwargs) for _ in range(num_draws)]
-                return {n: torch.stack([d[n] for d in draws]) for n in draws[0]}
+                return _stacked([self(*args, **kwargs) for _ in range(num_draws)])
             per_pass = max(1, NUMBERS_PER_PASS // (self.num_particles * max(1, structure.numbers)))
             blocks = []
             for start in range(0, num_draws, per_pass):
                 size = min(per_pass, num_draws - start)
                 depth = structure.run.depth
-                with pyro.plate("_importance_draws", size, dim=-depth - 1):
+                with ParticlePlate("_importance_draws", size, dim=-depth - 1):
                     block = self(*args, **kwargs)
                 blocks.append({n: _strip(v, n, structure) for n, v in block.items()})
         return {n: torch.cat([b[n] for b in blocks]) for n in blocks[0]}
@@ -232,7 +251,7 @@ class ImportanceResampledGuide(torch.nn.Module):
         """
         call = self._call(args, kwargs)
         total: Tensor | float = 0.0
-        with torch.no_grad(), poutine.block():
+        with self._apart():
             for _ in range(as_count("num_batches", num_batches)):
                 particles = self._weigh(call)
                 values, sites = model_values(call, particles)
@@ -261,7 +280,7 @@ class ImportanceResampledGuide(torch.nn.Module):
         """
         num_batches = as_count("num_batches", num_batches)
         call = self._call(args, kwargs)
-        with torch.no_grad(), poutine.block():
+        with self._apart():
             at, log_p = weigh_at(call, dict(draws), self._weigh)
             _refuse_tempered(at.weights, "log_density")
             batches = [self._companions(call, at.minibatch) for _ in range(num_batches)]
@@ -290,7 +309,7 @@ class ImportanceResampledGuide(torch.nn.Module):
         num_batches = as_count("num_batches", num_batches)
         num_replicates = as_count("num_replicates", num_replicates, least=2)
         call = self._call(args, kwargs)
-        with torch.no_grad(), poutine.block():
+        with self._apart():
             bounds = torch.stack([self._bracket(call, num_batches) for _ in range(num_replicates)])
         mean, error = bounds.mean(0), bounds.std(0) / math.sqrt(num_replicates)
         return ElboInterval(mean[0], mean[1], error[0], error[1])
@@ -304,6 +323,16 @@ class ImportanceResampledGuide(torch.nn.Module):
 
     def _companions(self, call: Call, minibatch: Minibatch) -> Tensor:
         return self._weigh(call, minibatch=minibatch).weights.log_weights
+
+
+def _stacked(draws: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
+    for draw in draws:
+        if {n: v.shape for n, v in draw.items()} != {n: v.shape for n, v in draws[0].items()}:
+            raise ValueError(
+                f"expected the same latents of the same shapes in every draw, got {sorted(draws[0])} and "
+                f"{sorted(draw)}; call the posterior itself for one draw at a time, a dict by name"
+            )
+    return {n: torch.stack([d[n] for d in draws]) for n in draws[0]}
 
 
 def _require_enclosing(layout: Layout, enclosing: Sequence[CondIndepStackFrame]) -> None:

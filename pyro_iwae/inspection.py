@@ -46,7 +46,7 @@ from pyro_iwae.particles import (
     stacked_latents,
 )
 from pyro_iwae.plates import IndependentPlate, Layout, Site, candidates, latent_sites, nesting, sample_sites, signature
-from pyro_iwae.state import get_random_state, set_random_state, unchanged_state
+from pyro_iwae.state import get_random_state, moved_slightly, set_random_state, unchanged_state
 from pyro_iwae.structure import Structure, plate_key
 from pyro_iwae.terms import terms_of
 from pyro_iwae.traces import Pair, require_site_shapes
@@ -67,7 +67,7 @@ def inspect(
         max_plate_nesting: as for ``Trace_ELBO``; infinity finds out.
         minibatch: indices that are settled already.
     """
-    with unchanged_state(call.model, call.guide) as modules, poutine.block():
+    with poutine.block(), unchanged_state(call.model, call.guide) as modules:
         inspection = _Inspection(call, modules)
         inspection.minibatch.indices.update({} if minibatch is None else minibatch.indices)
         return inspection.verdict(vectorize, max_plate_nesting)
@@ -84,6 +84,7 @@ class _Inspection:
 
     def verdict(self, vectorize: bool | None, max_plate_nesting: float) -> Structure:
         probe, grad = self._probe()
+        self.probed = (probe.model, probe.guide)
         run = Run(self._depth(probe, max_plate_nesting), False, _asks_enumeration(probe))
         self.batch_dims = {n: batch_dim(s) for n, s in latent_sites(probe.guide)}
         with torch.set_grad_enabled(grad):
@@ -221,8 +222,25 @@ class _Inspection:
     def _mixing_fault(self, pairs: list[Pair], layout: Layout, run: Run) -> tuple[tuple[str, str] | None, bool]:
         """The site that mixes elements, if any; and whether the particles differed enough to tell.
 
-        All replays see the same random numbers, for models with randomness of their own.
+        At parameters a little off, if that can be: a coupling that starts at 0 will not stay there.
         """
+        try:
+            with moved_slightly(self._parameters()):
+                return self._crossing_fault(pairs, layout, run, finite=True)
+        except Exception:  # such parameters may be impossible; what is wrong with the true ones shows in the next run
+            return self._crossing_fault(pairs, layout, run, finite=False)
+
+    def _parameters(self) -> list[Tensor]:
+        """All that may be trained: parameters in Pyro's store and in modules, that model and guide have touched."""
+        found: list[Any] = [p for m in self.modules for p in m.parameters(recurse=False)]
+        stored: list[Any] = [s["value"] for t in self.probed for s in t.nodes.values() if s["type"] == "param"]
+        found += [p.unconstrained() if hasattr(p, "unconstrained") else p for p in stored]
+        return list({id(p): p for p in found if p.is_leaf and p.requires_grad and p.is_floating_point()}.values())
+
+    def _crossing_fault(
+        self, pairs: list[Pair], layout: Layout, run: Run, *, finite: bool
+    ) -> tuple[tuple[str, str] | None, bool]:
+        """All replays see the same random numbers, for models with randomness of their own."""
         count = CHECK_PARTICLES if run.vectorized else len(pairs)
         values = self._values(pairs, run, count)
         latents = dict(latent_sites(pairs[0].guide))
@@ -231,6 +249,8 @@ class _Inspection:
         unmoved = {n for n in values if settable(latents[n])}
         seed = get_random_state()
         before = self._replay(pairs, values, run, count)
+        if finite and not all(bool(v.isfinite().all()) for v in before.values()):
+            raise ValueError("expected finite densities")
         for moved in separating_rounds(count, [p.size for p in layout.plates]):
             crossed = {n: cross_elements(v, layout.align(moved, latents[n], v), others[n]) for n, v in values.items()}
             unmoved -= {n for n in unmoved if bool((crossed[n] != values[n]).any())}

@@ -22,7 +22,7 @@ from torch import Tensor
 from pyro_iwae.plates import Site, latent_sites, plate_scale
 from pyro_iwae.traces import Pair, run_pair
 
-__all__ = ["Call", "Drawn", "EnclosingPlates", "Minibatch", "Run", "enclosing_frames", "run_particles"]
+__all__ = ["Call", "Drawn", "EnclosingPlates", "Minibatch", "ParticlePlate", "Run", "enclosing_frames", "run_particles"]
 
 Program = Callable[..., Any]
 

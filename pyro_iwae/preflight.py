@@ -156,7 +156,7 @@ def preflight(model: Callable[..., Any], guide: Callable[..., Any], *args: Any, 
         (True, False, 'mu')
     """
     require_callables(model, guide)
-    with unchanged_state(model, guide), poutine.block():
+    with poutine.block(), unchanged_state(model, guide):
         pair = run_pair(model, guide, args, kwargs, matched=False)
     problems: list[str] = []
     messages: list[str] = []

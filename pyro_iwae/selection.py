@@ -73,6 +73,12 @@ def select(call: Call, particles: Particles, index: Tensor) -> Selection:
 
 def latent_values(particles: Particles) -> tuple[dict[str, Tensor], dict[str, Site]]:
     """All particles' latents, ``(particles, *site shape)``, and their sites."""
+    names = [{n for n, _ in latent_sites(p.guide)} for p in particles.pairs]
+    if any(found != names[0] for found in names):
+        raise ValueError(
+            f"expected the same latents in every particle, got {sorted(set.union(*names))} in some and "
+            f"{sorted(set.intersection(*names))} in all; take draws one by one, by calling the posterior"
+        )
     values = stacked_latents(
         particles.pairs,
         run=particles.structure.run,

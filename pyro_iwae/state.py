@@ -5,17 +5,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import pyro
 import torch
 from pyro import poutine
+from pyro.poutine.messenger import Messenger
 from pyro.util import get_rng_state, set_rng_state
 from torch import Tensor
 from torch.nn.parameter import is_lazy
 
-__all__ = ["get_random_state", "module_behind", "set_random_state", "unchanged_state"]
+__all__ = ["get_random_state", "module_behind", "moved_slightly", "set_random_state", "unchanged_state"]
 
 
 def get_random_state() -> tuple[Any, Any]:
@@ -38,17 +40,47 @@ def module_behind(program: Callable[..., Any]) -> torch.nn.Module | None:
     return owner if isinstance(owner, torch.nn.Module) else None
 
 
+class FreshParameters(Messenger):
+    """Notices when a parameter that is asked for the first time takes its value at random."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.drawn = False
+        self.before: Tensor | None = None
+
+    def _pyro_param(self, msg: Any) -> None:
+        self.before = None if msg["name"] in pyro.get_param_store() else torch.get_rng_state()
+
+    def _pyro_post_param(self, msg: Any) -> None:
+        self.drawn |= self.before is not None and not torch.equal(self.before, torch.get_rng_state())
+
+
+@contextmanager
+def moved_slightly(parameters: Sequence[Tensor]) -> Iterator[None]:
+    """Moves parameters by a hundredth of their size, up or down, and puts them back."""
+    kept = [p.detach().clone() for p in parameters]
+    try:
+        for parameter, value in zip(parameters, kept, strict=True):
+            size = value.square().mean().sqrt().clamp(min=0.1)  # some start at 0
+            parameter.data += 0.01 * size * torch.randn_like(value).sign()
+        yield
+    finally:
+        for parameter, value in zip(parameters, kept, strict=True):
+            parameter.data.copy_(value)  # .data, so that a graph that is waiting for backward() stays valid
+
+
 @contextmanager
 def unchanged_state(*programs: Callable[..., Any]) -> Iterator[dict[torch.nn.Module, Any]]:
     """Puts random generators and module buffers back.
 
     Args:
         programs: models and guides; the buffers of modules that they are methods of are looked after too.
+            Random generators stay where they are if a parameter was drawn on the way.
 
     Yields:
         The modules of the programs and those that were called.
     """
-    random = get_random_state()
+    random, fresh = get_random_state(), FreshParameters()
     seen: dict[torch.nn.Module, dict[str, tuple[Tensor, Tensor]]] = {}
 
     def remember(module: torch.nn.Module, inputs: Any = None) -> None:
@@ -61,10 +93,12 @@ def unchanged_state(*programs: Callable[..., Any]) -> Iterator[dict[torch.nn.Mod
             remember(module)
     hook = torch.nn.modules.module.register_module_forward_pre_hook(remember)
     try:
-        yield seen
+        with fresh:
+            yield seen
     finally:
         hook.remove()
-        set_random_state(random)
+        if not fresh.drawn:  # else the next draws would repeat the parameters' own random numbers
+            set_random_state(random)
         with torch.no_grad():
             for module, buffers in seen.items():
                 for name, (buffer, value) in buffers.items():

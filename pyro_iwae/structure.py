@@ -8,7 +8,10 @@ from __future__ import annotations
 import weakref
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
+
+from pyro.poutine.messenger import _bound_partial
 
 from pyro_iwae.particles import Run
 from pyro_iwae.plates import IndependentPlate, Layout, candidates, signature
@@ -50,10 +53,14 @@ class Structure:
     probe: Pair | None = None
 
     @property
+    def current(self) -> bool:
+        """Whether all modules are in the mode that they were in."""
+        return all(m() is None or m().training is mode for m, mode in self.modes)
+
+    @property
     def settled(self) -> bool:
         """Whether to go by this verdict, or to look again: at chance, or at modules whose mode has changed since."""
-        changed = any(m() is not None and m().training is not mode for m, mode in self.modes)
-        return not changed and (self.conclusive or self.attempts >= MOST_ATTEMPTS)
+        return self.current and (self.conclusive or self.attempts >= MOST_ATTEMPTS)
 
     def layout(self, pair: Pair, num_particles: int) -> Layout:
         """Where the columns lie in these traces."""
@@ -78,7 +85,7 @@ class StructureCache:
 
     def __init__(self) -> None:
         self._watched: dict[int, Any] = {}
-        self._verdicts: dict[Any, dict[tuple[Any, ...], Structure]] = {}
+        self._verdicts: dict[Any, dict[tuple[Any, ...], list[Structure]]] = {}
         self._latest: dict[Any, Structure] = {}
         self.enumerated: dict[Any, int] = {}  # nesting of the pairs that one particle leaves to TraceEnum_ELBO
 
@@ -89,7 +96,13 @@ class StructureCache:
         """A key that keeps no model or guide alive, told apart by identity however they compare or hash."""
         return tuple(self._identity(p) if callable(p) else p for p in parts)
 
-    def _identity(self, fn: Any) -> tuple[int, Any]:
+    def _identity(self, fn: Any) -> tuple[Any, ...]:
+        # An effect handler is often put on anew at each step (annealing); what it is put on counts, and its kind.
+        wrapped: Any = fn.func if isinstance(fn, _bound_partial) else None
+        if isinstance(wrapped, partial) and len(wrapped.args) == 2:
+            handler, inner = wrapped.args
+            if type(handler).__module__.startswith("pyro."):
+                return (*self._identity(inner), type(handler))
         # A bound method is a new object at each access, so that the object behind it is what counts.
         function = getattr(fn, "__func__", None)
         owner = fn if function is None else fn.__self__
@@ -119,13 +132,14 @@ class StructureCache:
         return self._latest.get(key)
 
     def find(self, key: tuple[Any, ...], signature: tuple[Any, ...]) -> Structure | None:
-        """The verdict for these sites and plates."""
-        return self._verdicts.get(key, {}).get(signature)
+        """The verdict for these sites and plates, and for the modes that modules are in."""
+        return next((s for s in self._verdicts.get(key, {}).get(signature, ()) if s.current), None)
 
     def store(self, key: tuple[Any, ...], structure: Structure) -> None:
         """Keeps a verdict and makes it the latest."""
         known = self._verdicts.setdefault(key, {})
         if len(known) >= 64:  # a model that never looks the same twice
             known.clear()
-        known[structure.signature] = structure
+        others = [s for s in known.get(structure.signature, ()) if s is not structure and not s.current]
+        known[structure.signature] = [structure, *others[:7]]
         self._latest[key] = structure

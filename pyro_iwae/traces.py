@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -141,8 +142,9 @@ def require_match(pair: Pair) -> None:
             )
         if infer.get("enumerate") != "parallel":
             raise ValueError(
-                f"latent site '{name}' of the model is absent from the guide; sample it in the guide, observe it, or, "
-                "if it is discrete, mark it infer={'enumerate': 'parallel'} to have it summed out"
+                f"latent site '{name}' of the model is absent from the guide; sample it in the guide, observe it (was "
+                "the model called without its data?), or, if it is discrete, mark it infer={'enumerate': 'parallel'} "
+                "to have it summed out"
             )
     summed_out = [wanted[name]["infer"].get("_enumerate_dim") for name in wanted.keys() - drawn.keys()]
     if is_validation_enabled() and None not in summed_out:  # Pyro would miss sites that are not enumerated yet
@@ -174,6 +176,12 @@ def fill_densities(pair: Pair) -> None:
             raise ValueError(nan_message(role, name))
         if bool(total == (math.inf if role == "model" else -math.inf)):
             raise ValueError(infinity_message(role, name))
+        if bool(total == -math.inf):
+            warnings.warn(
+                f"the particle is impossible (log weight -inf), through site '{name}'; the loss is infinite. Let the "
+                "guide reach values that the model allows",
+                stacklevel=2,
+            )
 
 
 def require_site_shapes(pair: Pair, max_plate_nesting: Any) -> None:
@@ -188,7 +196,7 @@ def nan_message(role: str, name: str) -> str:
     """What to say of a density that is not a number."""
     return (
         f"log density is NaN at {role} site '{name}'; look at its parameters and its data "
-        "(missing values: mask them with poutine.mask or dist.mask)"
+        "(missing values: put any valid number in their place, and mask that with poutine.mask)"
     )
 
 

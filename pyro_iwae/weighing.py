@@ -49,6 +49,7 @@ def weigh_particles(
     warn_of_enumeration: bool = True,
     minibatch: Minibatch | None = None,
     values: Mapping[str, Any] | None = None,
+    averaged: bool = True,
 ) -> Particles:
     """Runs and weighs K particles; model and guide are inspected when they, their sites or their plates are new.
 
@@ -61,17 +62,16 @@ def weigh_particles(
         warn_of_enumeration: warn where K > 1 samples guide sites that ask for enumeration.
         minibatch: indices that are settled already.
         values: values for latents of the guide, as a run of K particles wants them.
+        averaged: whether the K weights are to be averaged; False where each is wanted for itself.
     """
-    programs = call.model, call.guide
-    modes = tuple(getattr(fn, "training", None) for fn in programs)  # BatchNorm mixes elements in training
     plates = tuple((f.name, f.dim) for f in call.enclosing)
-    key = cache.key(*programs, modes, plates, vectorize, max_plate_nesting)
+    key = cache.key(call.model, call.guide, plates, vectorize, max_plate_nesting)
     minibatch = Minibatch() if minibatch is None else minibatch
 
     def look() -> Structure:
         structure = inspect(call, vectorize=vectorize, max_plate_nesting=max_plate_nesting, minibatch=minibatch)
         structure = _announce(structure, num_particles, warn_of_enumeration, cache.latest(key))
-        attempts = 1 if known is None else known.attempts + 1
+        attempts = known.attempts + 1 if known is not None and known.current else 1
         structure = replace(structure, probe=None, attempts=attempts)
         cache.store(key, structure)
         return structure
@@ -80,6 +80,8 @@ def weigh_particles(
         return run_particles(call, num_particles=num_particles, run=structure.run, minibatch=minibatch, values=values)
 
     known = cache.latest(key)
+    if known is not None and not known.current:
+        known = cache.find(key, known.signature) or known
     structure = look() if known is None or not known.settled else known
     try:
         pairs = run(structure)
@@ -100,6 +102,8 @@ def weigh_particles(
     for pair in pairs:
         require_site_shapes(pair, structure.run.depth + (structure.run.particle_dim(num_particles) is not None))
     layout = _common_layout(structure, pairs, num_particles)
+    if averaged and num_particles > 1:
+        require_full_plates(pairs[0], layout)
     return Particles(weigh(pairs, layout, num_particles), pairs, layout, structure, minibatch)
 
 
@@ -120,27 +124,53 @@ def _common_layout(structure: Structure, pairs: Sequence[Pair], num_particles: i
 def _announce(structure: Structure, num_particles: int, of_enumeration: bool, known: Structure | None) -> Structure:
     """Warns of what the verdict found, unless the last one said the same; returns it with all that was said."""
     messages = list(structure.messages)
-    if of_enumeration and num_particles > 1 and structure.probe is not None:
-        names = [n for n, s in latent_sites(structure.probe.guide) if s["infer"].get("enumerate")]
-        if names:
-            messages.append(
-                f"guide sites {names} ask for enumeration, which more than one particle cannot do (the exact bound has "
-                "one term for each combination): they are sampled. Use num_particles=1 for TraceEnum_ELBO's exact sum, "
-                "or strict_enumeration_warning=False to silence this"
-            )
+    if structure.probe is not None:
+        messages += mask_warnings(structure.probe)
+        messages += enumeration_warnings(structure.probe) if of_enumeration and num_particles > 1 else []
     for message in messages:
         if known is None or message not in known.messages:
             warnings.warn(message, UserWarning, stacklevel=4)
     return replace(structure, messages=tuple(messages))
 
 
+def enumeration_warnings(pair: Pair) -> list[str]:
+    """Guide sites that ask for enumeration are sampled for more than one particle."""
+    names = [n for n, s in latent_sites(pair.guide) if s["infer"].get("enumerate")]
+    if not names:
+        return []
+    return [
+        f"guide sites {names} ask for enumeration, which more than one particle cannot do (the exact bound has one "
+        "term for each combination): they are sampled. Use num_particles=1 for TraceEnum_ELBO's exact sum, or "
+        "strict_enumeration_warning=False to silence this"
+    ]
+
+
+def mask_warnings(pair: Pair) -> list[str]:
+    """A latent that is masked in the model alone has a density in q and none in p: no weight is p / q then."""
+    found = []
+    for name, site in latent_sites(pair.guide):
+        prior = pair.model.nodes.get(name)
+        mask = None if prior is None else prior["mask"]
+        if isinstance(mask, Tensor) and not bool(mask.all()) and not _same_mask(mask, site["mask"]):
+            found.append(
+                f"latent site '{name}' is masked in the model and not alike in the guide: where it is masked its "
+                "density counts in q and not in p, and the bound can pass the evidence. Put the same poutine.mask "
+                "around it in the guide; for missing data, mask the observation instead of using obs_mask: "
+                "with poutine.mask(mask=known): pyro.sample(..., obs=data)"
+            )
+    return found
+
+
+def _same_mask(mask: Tensor, other: Any) -> bool:
+    return isinstance(other, Tensor) and bool((mask == other).all())
+
+
 def weigh(pairs: Sequence[Pair], layout: Layout, num_particles: int) -> LogWeights:
     """Makes the log weights of K particles from one vectorised run or K sequential ones.
 
     Raises:
-        ValueError: where a weight is NaN or +inf, or where a subsampled plate forbids more than one particle.
+        ValueError: where a weight is NaN or +inf.
     """
-    require_full_plates(pairs[0], layout, num_particles)
     common = outer_scale(pairs[0], layout)
     tables = [terms_of(pair, layout, common) for pair in pairs]
     blocks = [sum_columns([t for t in table if t.element is not None], layout) for table in tables]
@@ -170,9 +200,9 @@ def weigh(pairs: Sequence[Pair], layout: Layout, num_particles: int) -> LogWeigh
     return weights
 
 
-def require_full_plates(pair: Pair, layout: Layout, num_particles: int) -> None:
+def require_full_plates(pair: Pair, layout: Layout) -> None:
     """Raises where a subsampled plate is not independent and particles would go inside its scale."""
-    problem = subsampling_problem(pair, layout) if num_particles > 1 else None
+    problem = subsampling_problem(pair, layout)
     if problem is not None:
         raise ValueError(problem)
 

@@ -181,7 +181,7 @@ def terms(program, values, indices):
             sides = []
             for trace in traces:
                 coin, below = trace.nodes[f"{name}_coin"], trace.nodes[name]
-                sides.append(masked_log_prob(coin) + masked_log_prob(below))
+                sides.append(unmasked_log_prob(coin) + masked_log_prob(below))
             term.masked = torch.logaddexp(*sides)
         found.append(term)
     return found
@@ -198,8 +198,13 @@ def sampled(trace):
             yield site
 
 
+def unmasked_log_prob(site):
+    """What is summed out sums to one, masked or not."""
+    return site["fn"].log_prob(site["value"]).expand(site["fn"].batch_shape)
+
+
 def masked_log_prob(site):
-    value = site["fn"].log_prob(site["value"]).expand(site["fn"].batch_shape)
+    value = unmasked_log_prob(site)
     if site["mask"] is not None:
         mask = torch.as_tensor(site["mask"])
         value = torch.where(mask, value, torch.zeros(()))

@@ -80,7 +80,8 @@ class Program:
         inside += [set(s.plates) for s in self.observations if s.family == "mixture"]
         inside += [set(plates) for plates in self.helped.values()]
         inside += [set()] if self.joint else []
-        seen = [s for s in self.observations if s.mask != "none"]  # what is masked altogether mixes nothing
+        # What is masked altogether mixes nothing, but for what is summed out, which masks do not touch.
+        seen = [s for s in self.observations if s.mask != "none" or s.family == "mixture"]
         mixed = [set(self.site[n].plates) - set(s.plates) for s in seen for n in s.parents]
         shared = set.intersection(*inside) if inside else set.intersection(*[set(s.plates) for s in self.observations])
         return [p for p in self.plates if p.name in shared - set().union(*mixed)]

