@@ -5,26 +5,30 @@
 
 from __future__ import annotations
 
+import math
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from pyro import poutine
 from pyro.poutine.indep_messenger import CondIndepStackFrame
 from pyro.poutine.util import site_is_factor
 from torch import Tensor
 
 from pyro_iwae.elbo import require_callables
-from pyro_iwae.inspection import inspect
-from pyro_iwae.particles import Call
+from pyro_iwae.particles import Call, settable
 from pyro_iwae.plates import Layout, Scale, Site, latent_sites, own_scale
 from pyro_iwae.state import unchanged_state
-from pyro_iwae.structure import Structure
+from pyro_iwae.structure import Structure, StructureCache
 from pyro_iwae.terms import is_zero, outer_scale
 from pyro_iwae.traces import Pair, run_pair
-from pyro_iwae.weighing import subsampling_problem
+from pyro_iwae.weighing import weigh_particles
 
 __all__ = ["PlateReport", "Preflight", "SiteReport", "preflight"]
+
+PARTICLES = 10  # the ELBO's default
 
 
 @dataclass(frozen=True)
@@ -158,25 +162,27 @@ def preflight(model: Callable[..., Any], guide: Callable[..., Any], *args: Any, 
     require_callables(model, guide)
     with poutine.block(), unchanged_state(model, guide):
         pair = run_pair(model, guide, args, kwargs, matched=False)
-    problems: list[str] = []
-    messages: list[str] = []
-    structure, layout = None, Layout()
-    try:
-        structure = inspect(Call(model, guide, args, kwargs), vectorize=None)
-    except (ValueError, NotImplementedError) as error:
-        problems.append(str(error))
-    else:
-        layout = structure.layout(pair, 1)
-        problem = subsampling_problem(pair, layout)
-        problems += [problem] if problem else []
-        messages += structure.messages
-    messages += _scale_warnings(pair, layout)
+    structure, problems, said = _weigh_once(Call(model, guide, args, kwargs))
+    layout = Layout() if structure is None else structure.layout(pair, 1)
     return Preflight(
         sites=tuple(_sites(pair)),
         plates=tuple(_plates(pair, layout, structure)),
         problems=tuple(problems),
-        warnings=tuple(messages),
+        warnings=tuple(said + _scale_warnings(pair, layout)),
     )
+
+
+def _weigh_once(call: Call) -> tuple[Structure | None, list[str], list[str]]:
+    """The verdict, and what the ELBO would raise and warn of."""
+    cache, problems = StructureCache(), []
+    with warnings.catch_warnings(record=True) as caught, torch.no_grad():
+        warnings.simplefilter("always")
+        with poutine.block(), unchanged_state(call.model, call.guide):
+            try:
+                weigh_particles(call, num_particles=PARTICLES, cache=cache, vectorize=None, max_plate_nesting=math.inf)
+            except (ValueError, NotImplementedError) as error:
+                problems.append(str(error))
+    return cache.newest, problems, [str(w.message) for w in caught if issubclass(w.category, UserWarning)]
 
 
 def _sites(pair: Pair) -> Iterator[SiteReport]:
@@ -203,7 +209,9 @@ def _role(site: Site) -> str:
         return "deterministic"
     if site_is_factor(site):
         return "factor"
-    return "observed" if site["is_observed"] else "latent"
+    if not site["is_observed"]:
+        return "latent"
+    return "observed" if settable(site) else "deterministic"  # a Delta, as effect handlers leave it behind
 
 
 def _printable(scale: Scale) -> float | str:
@@ -237,13 +245,15 @@ def _fault(pair: Pair, frame: CondIndepStackFrame, mixed: Mapping[str, str]) -> 
             "It mixes the plate's elements (a flip, a mean, BatchNorm, an in-place sum over them). The whole plate "
             "gets one weight, which is right but needs many more particles; keep the elements apart for one weight each"
         )
-    for trace in (pair.guide, pair.model):
+    for trace in (pair.model, pair.guide):  # a latent of the guide's own only counts if the model has none there
         for name, site in latent_sites(trace):
             if not any(_is_plate(f.name, f.dim, f.size, frame) for f in site["cond_indep_stack"]):
-                advice = "That latent lies outside the plate, so that one weight serves all elements"
-                if site["infer"].get("is_auxiliary"):
-                    advice += "; a guide that factorises over the plate (AutoNormal) would leave it independent"
-                return name, advice + "; use more particles, or a model without that latent"
+                advice = (
+                    "That latent lies outside the plate, so that one weight serves all elements; use more particles"
+                )
+                if trace is pair.guide:
+                    return name, advice + ", or a guide that factorises over the plate (AutoNormal)"
+                return name, advice + ", or a model without that latent (a parameter in its place)"
     return None, "It could not be looked at, because of the error above"
 
 
@@ -251,20 +261,20 @@ def _scale_warnings(pair: Pair, layout: Layout) -> list[str]:
     """A scale on some of the weighed sites only tempers the weights."""
     if outer_scale(pair, layout) is not None:
         return []
-    warnings = []
+    larger: dict[float | str, list[str]] = {}
+    others: dict[float | str, list[str]] = {}
     for role, name, site in pair.sites():
         scale = _printable(own_scale(site))
         if scale == 1.0 or is_zero(site) or layout.element(site) is None:
             continue
-        if site["is_observed"] and (isinstance(scale, str) or scale > 1.0):
-            warnings.append(
-                f"poutine.scale of {scale} at observed site '{name}', but not everywhere, acts inside the weights: "
-                "the bound overshoots the evidence for more than one particle. For minibatches write "
-                "pyro.plate(..., subsample_size=B), which stays outside"
-            )
-        else:
-            warnings.append(
-                f"poutine.scale of {scale} at {role} site '{name}', but not everywhere, tempers the weights: they are "
-                "no evidence"
-            )
-    return warnings
+        overshoots = site["is_observed"] and (isinstance(scale, str) or scale > 1.0)
+        (larger if overshoots else others).setdefault(scale, []).append(f"{role} site '{name}'")
+    return [
+        f"poutine.scale of {scale} at {', '.join(sites)}, but not everywhere, acts inside the weights: the bound "
+        "overshoots the evidence for more than one particle. For minibatches write "
+        "pyro.plate(..., subsample_size=B), which stays outside"
+        for scale, sites in larger.items()
+    ] + [
+        f"poutine.scale of {scale} at {', '.join(sites)}, but not everywhere, tempers the weights: they are no evidence"
+        for scale, sites in others.items()
+    ]

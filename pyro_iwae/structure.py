@@ -87,6 +87,7 @@ class StructureCache:
         self._watched: dict[int, Any] = {}
         self._verdicts: dict[Any, dict[tuple[Any, ...], list[Structure]]] = {}
         self._latest: dict[Any, Structure] = {}
+        self.newest: Structure | None = None
         self.enumerated: dict[Any, int] = {}  # nesting of the pairs that one particle leaves to TraceEnum_ELBO
 
     def __reduce__(self) -> tuple[type[StructureCache], tuple[()]]:
@@ -142,4 +143,4 @@ class StructureCache:
             known.clear()
         others = [s for s in known.get(structure.signature, ()) if s is not structure and not s.current]
         known[structure.signature] = [structure, *others[:7]]
-        self._latest[key] = structure
+        self._latest[key] = self.newest = structure

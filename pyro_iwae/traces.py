@@ -27,6 +27,9 @@ from pyro_iwae.plates import Site, latent_sites, sample_sites
 __all__ = ["Pair", "fill_densities", "log_prob_of", "run_pair", "score_parts_of"]
 
 
+MISSING_VALUES = "For missing values put any valid number in their place, and mask that with poutine.mask"
+
+
 @dataclass(frozen=True)
 class Pair:
     """One run of the guide and of the model replayed on it."""
@@ -158,7 +161,7 @@ def log_prob_of(site: Site) -> Tensor:
         try:
             site["unscaled_log_prob"] = site["fn"].log_prob(site["value"], *site["args"], **site["kwargs"])
         except ValueError as error:
-            raise ValueError(f"no log density at site '{site['name']}': {error}") from error
+            raise ValueError(no_density_message(site, error)) from error
     return site["unscaled_log_prob"]
 
 
@@ -192,12 +195,15 @@ def require_site_shapes(pair: Pair, max_plate_nesting: Any) -> None:
             check_site_shape({**site, "log_prob": log_prob}, max_plate_nesting)
 
 
+def no_density_message(site: Site, error: Exception) -> str:
+    """What to say of a value that its distribution does not take."""
+    missing = isinstance(site["value"], Tensor) and bool(site["value"].isnan().any())
+    return f"no log density at site '{site['name']}': {error}" + (f"; {MISSING_VALUES}" if missing else "")
+
+
 def nan_message(role: str, name: str) -> str:
     """What to say of a density that is not a number."""
-    return (
-        f"log density is NaN at {role} site '{name}'; look at its parameters and its data "
-        "(missing values: put any valid number in their place, and mask that with poutine.mask)"
-    )
+    return f"log density is NaN at {role} site '{name}'; look at its parameters and its data. {MISSING_VALUES}"
 
 
 def infinity_message(role: str, name: str) -> str:
@@ -212,6 +218,6 @@ def score_parts_of(site: Site) -> Any:
         try:
             parts = site["fn"].score_parts(site["value"], *site["args"], **site["kwargs"])
         except ValueError as error:
-            raise ValueError(f"no log density at guide site '{site['name']}': {error}") from error
+            raise ValueError(no_density_message(site, error)) from error
         site["unscaled_score_parts"], site["unscaled_log_prob"] = parts, parts.log_prob
     return site["unscaled_score_parts"]
