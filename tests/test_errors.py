@@ -14,7 +14,7 @@ import torch
 from pyro.poutine.runtime import _DIM_ALLOCATOR, _PYRO_STACK
 from pyro.util import get_rng_state
 
-from pyro_iwae import VIMCO, ImportanceWeightedELBO, Pathwise
+from pyro_iwae import VIMCO, ImportanceResampledGuide, ImportanceWeightedELBO, Pathwise
 
 K = [1, 3]
 DATA = torch.tensor([0.5, -1.0, 2.0])
@@ -113,6 +113,20 @@ def test_whole_numbers_of_other_kinds(unchecked):
 def test_options_of_the_wrong_type(name, value, unchecked):
     with pytest.raises(TypeError, match=f"expected {name} to be"):
         ImportanceWeightedELBO(**{name: value})
+
+
+@pytest.mark.parametrize("value", ["yes", 1, 0.0])
+@pytest.mark.parametrize("kind", [ImportanceWeightedELBO, lambda **o: ImportanceResampledGuide(model, guide, **o)])
+def test_vectorize_particles(kind, value, unchecked):
+    with pytest.raises(TypeError, match="vectorize_particles to be None, True or False"):
+        kind(vectorize_particles=value)
+
+
+@pytest.mark.parametrize("value, error", [(-1, ValueError), (1.5, TypeError), ("two", TypeError)])
+@pytest.mark.parametrize("kind", [ImportanceWeightedELBO, lambda **o: ImportanceResampledGuide(model, guide, **o)])
+def test_max_plate_nesting(kind, value, error, unchecked):
+    with pytest.raises(error, match="max_plate_nesting"):
+        kind(max_plate_nesting=value)
 
 
 @pytest.mark.parametrize("num_particles", K)
@@ -337,6 +351,28 @@ def test_all_particles_impossible(num_particles, vectorize):
         bound = elbo.bound(impossible_model, guide)
     assert bound[1] == -math.inf and bool(bound[[0, 2]].isfinite().all())
     assert math.isfinite(elbo.loss(model, guide))
+
+
+def test_a_single_particle_that_is_impossible():
+    """The loss is infinite, as Trace_ELBO's, and the site has a name."""
+    with pytest.warns(UserWarning, match="the particle is impossible .* through site 'x'"):
+        assert ImportanceWeightedELBO(num_particles=1).loss(impossible_one, normal_guide) == math.inf
+
+
+def impossible_one():
+    normal("z")
+    pyro.factor("x", torch.tensor(-math.inf))
+
+
+def normal_guide():
+    normal("z")
+
+
+@pytest.mark.parametrize("num_particles", [1, 3])
+@pytest.mark.parametrize("validate", [True, False])
+def test_missing_values_come_with_advice(num_particles, validate):
+    with pyro.validation_enabled(validate), pytest.raises(ValueError, match=r"site 'x'(?s:.*)For missing values put"):
+        ImportanceWeightedELBO(num_particles=num_particles).loss(model, lambda x: guide(), DATA * math.nan)
 
 
 def test_all_particles_impossible_for_everything():

@@ -131,6 +131,30 @@ def test_one_weight_for_a_joint_posterior(fn, double):
     torch.testing.assert_close(result, (weights.reshape((K,) + (1,) * (asked.dim() - 1)) * asked).sum(0))
 
 
+@pytest.mark.parametrize("size", [1e-30, 1e-7, 1e7])
+def test_small_and_large_values(size, double):
+    """Which dimension is the plate's must not depend on the unit of the values."""
+
+    def model():
+        with pyro.plate("data", 3):
+            z = pyro.sample("z", dist.Normal(torch.zeros(3), 1.0).to_event(1))
+            pyro.sample("x", dist.Normal(z.sum(-1), 0.1), obs=torch.tensor([-3.0, 0.0, 6.0]))
+
+    def guide():
+        with pyro.plate("data", 3):
+            pyro.sample("z", dist.Normal(torch.zeros(3), 1.0).to_event(1))
+
+    posterior = ImportanceResampledGuide(model, guide, 200)
+
+    def at(fn):
+        pyro.set_rng_seed(1)
+        return posterior.expectation(fn, num_batches=1)
+
+    at(lambda z: z["z"])  # looks at the model
+    expected = at(lambda z: z["z"]).mT
+    assert torch.allclose(at(lambda z: size * z["z"].mT) / size, expected)
+
+
 def test_nested_plates(double):
     posterior = ImportanceResampledGuide(nested_model, nested_guide, K)
     pyro.set_rng_seed(1)

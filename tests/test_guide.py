@@ -1135,3 +1135,117 @@ def test_errors_leave_the_host_as_it_was():
         with pytest.raises(RuntimeError, match="broken"):
             call()
     assert ImportanceWeightedELBO(2).loss(GAMMA.model, GAMMA.guide) is not None
+
+
+class Autoencoder(torch.nn.Module):
+    """Model and guide are its methods, as in many a script."""
+
+    def __init__(self):
+        super().__init__()
+        self.decoder, self.encoder = torch.nn.Linear(1, 1), torch.nn.Linear(1, 1)
+        self.decoder.bias.data.fill_(0.3)
+
+    def model(self, x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(x.new_zeros(len(x)), 1.0))
+            pyro.sample("x", dist.Normal(self.decoder(z.unsqueeze(-1)).squeeze(-1), 1.0), obs=x)
+
+    def guide(self, x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(self.encoder(x.unsqueeze(-1)).squeeze(-1), 1.0))
+
+
+def test_holds_the_modules_that_its_model_and_guide_are_methods_of():
+    vae = Autoencoder()
+    for posterior in (
+        ImportanceResampledGuide(vae.model, vae.guide, 3),
+        ImportanceResampledGuide(poutine.scale(vae.model, scale=1.0), vae.guide, 3),
+    ):
+        assert {id(p) for p in posterior.parameters()} == {id(p) for p in vae.parameters()}
+        assert len(posterior.state_dict()) == 4
+        posterior.eval()
+        assert not vae.encoder.training
+        vae.train()
+    copied = copy.deepcopy(posterior.to(torch.float64))
+    draws = copied.sample(5, torch.zeros(2, dtype=torch.float64))["z"]
+    assert draws.dtype == torch.float64 == vae.decoder.weight.dtype
+    assert copied.guide.__self__ is not vae and copied.guide.__self__ in list(copied.modules())
+    with torch.no_grad():
+        copied.guide.__self__.encoder.bias += 100.0
+    assert posterior.sample(50, torch.zeros(2, dtype=torch.float64))["z"].abs().max() < 50.0
+    other = Autoencoder().double()
+    ImportanceResampledGuide(other.model, other.guide, 3).load_state_dict(
+        ImportanceResampledGuide(vae.model, vae.guide, 3).state_dict()
+    )
+    assert torch.equal(other.encoder.weight, vae.encoder.weight)
+
+
+def test_a_module_is_held_once():
+    modules = Decoder(), Encoder()
+    posterior = ImportanceResampledGuide(*modules, 3)
+    assert len(list(posterior.parameters())) == sum(len(list(m.parameters())) for m in modules)
+    assert not any(name.startswith("owners") for name in posterior.state_dict())
+
+
+def test_parameters_from_outside_reach_every_method():
+    """poutine.substitute and the like act on parameters; samples stay hidden."""
+
+    def guide():
+        pyro.sample("z", dist.Normal(pyro.param("loc", torch.tensor(0.0)), 0.01))
+
+    def model():
+        pyro.sample("z", dist.Normal(0.0, 1.0))
+
+    posterior = ImportanceResampledGuide(model, guide, 2)
+    posterior()
+    with poutine.substitute(data={"loc": torch.tensor(3.0)}), poutine.mask(mask=False), poutine.trace() as seen:
+        found = posterior.sample(4)["z"].mean(), posterior.expectation(lambda z: z["z"]), posterior()["z"]
+    assert all(2.8 < value < 3.2 for value in found)
+    assert [n for n, s in seen.trace.nodes.items() if s["type"] == "sample" and n != "z"] == ["_importance_density_z"]
+
+
+def test_all_draws_of_a_call_are_of_one_minibatch(monkeypatch):
+    """Whatever the number of passes that they take."""
+    x = torch.arange(100.0)
+
+    def model():
+        with pyro.plate("data", 100, subsample_size=2) as rows:
+            z = pyro.sample("z", dist.Normal(x[rows], 0.01))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x[rows])
+
+    def guide():
+        with pyro.plate("data", 100, subsample_size=2) as rows:
+            pyro.sample("z", dist.Normal(x[rows], 0.01))
+
+    for vectorize in (True, False):
+        posterior = ImportanceResampledGuide(model, guide, 3, vectorize_particles=vectorize)
+        monkeypatch.setattr(guide_module, "NUMBERS_PER_PASS", 3 * 6 * 5)
+        draws = posterior.sample(23)["z"]
+        assert draws.shape == (23, 2) and (draws.round() == draws[0].round()).all()
+        mean = posterior.expectation(lambda z: z["z"], num_batches=10)
+        assert torch.allclose(mean, mean.round(), atol=0.05)
+    assert not torch.equal(posterior.sample(1)["z"].round(), posterior.sample(1)["z"].round())  # another call, another
+
+
+def test_predictions_at_other_inputs():
+    """Draws know the data; the model then runs at new inputs without any."""
+
+    def model(x, y=None):
+        w = pyro.sample("w", dist.Normal(0.0, 1.0))
+        with pyro.plate("data", len(x)):
+            pyro.sample("y", dist.Normal(w * x, 1.0), obs=y)
+
+    def guide(x, y=None):
+        pyro.sample("w", dist.Normal(0.0, 1.0))
+
+    x, y = torch.tensor([1.0, 2.0]), torch.tensor([1.0, 2.0])
+    posterior = ImportanceResampledGuide(model, guide, 100)
+    draws = posterior.sample(20_000, x, y)
+    for parallel in (True, False):
+        few = {"w": draws["w"][: 2000 if parallel else 200]}
+        new = Predictive(model, posterior_samples=few, parallel=parallel)(torch.tensor([-1.0, 3.0, 0.0]))["y"]
+        assert_mean(
+            new, torch.tensor([-1.0, 3.0, 0.0]) * posterior.expectation(lambda z: z["w"], x, y, num_batches=500)
+        )
+    with pytest.raises(ValueError, match="called without its data"):
+        posterior(x)

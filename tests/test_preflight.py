@@ -8,7 +8,8 @@ import pyro.distributions as dist
 import pytest
 import torch
 from pyro import poutine
-from pyro.infer.autoguide import AutoMultivariateNormal
+from pyro.infer.autoguide import AutoMultivariateNormal, AutoNormal
+from pyro.infer.reparam import LocScaleReparam
 
 from pyro_iwae import ImportanceWeightedELBO, preflight
 
@@ -132,6 +133,67 @@ def test_warns_of_latents_that_are_tempered_alone():
 
     (warning,) = preflight(model, lambda x: pyro.sample("z", dist.Normal(0.0, 1.0)), DATA).warnings
     assert "model site 'z'" in warning and "no evidence" in warning
+
+
+def test_one_warning_for_all_sites_of_a_scale():
+    def model():
+        for t in range(4):
+            with poutine.scale(scale=0.1):
+                pyro.sample(f"z_{t}", dist.Normal(0.0, 1.0))
+        pyro.sample("x", dist.Normal(0.0, 1.0), obs=torch.tensor(0.0))
+
+    def guide():
+        for t in range(4):
+            pyro.sample(f"z_{t}", dist.Normal(0.0, 1.0))
+
+    (warning,) = preflight(model, guide).warnings
+    assert "poutine.scale of 0.1 at" in warning and all(f"'z_{t}'" in warning for t in range(4))
+
+
+def test_data_that_have_no_density():
+    """What the ELBO raises, preflight says."""
+    data = DATA.where(DATA > 0, torch.nan)
+    report = preflight(local_model, local_guide, data)
+    with pytest.raises(ValueError, match="NaN at model site 'x'|no log density at site 'x'") as error:
+        ImportanceWeightedELBO(num_particles=10).loss(local_model, local_guide, data)
+    assert report.problems == (str(error.value),) and not report.ok
+
+
+def test_a_density_of_plus_infinity():
+    def model():
+        pyro.sample("z", dist.Normal(0.0, 1.0))
+        pyro.factor("f", torch.tensor(torch.inf))
+
+    report = preflight(model, lambda: pyro.sample("z", dist.Normal(0.0, 1.0)))
+    assert len(report.problems) == 1 and "+inf at model site 'f'" in report.problems[0]
+
+
+def test_what_the_elbo_warns_of():
+    def model():
+        pyro.sample("z", dist.Bernoulli(0.5))
+        pyro.factor("f", torch.tensor(-torch.inf))
+
+    def guide():
+        pyro.sample("z", dist.Bernoulli(0.5), infer={"enumerate": "parallel"})
+
+    enumeration, impossible = preflight(model, guide).warnings
+    assert "['z'] ask for enumeration" in enumeration
+    assert "all 10 particles are impossible" in impossible and "'f'" in impossible
+
+
+def test_sites_that_handlers_leave_behind_are_deterministic():
+    def model():
+        pyro.sample("z", dist.Normal(1.0, 2.0))
+
+    centred = poutine.reparam(model, config={"z": LocScaleReparam(0.0)})
+    roles = {s.name: s.role for s in preflight(centred, lambda: pyro.sample("z_decentered", dist.Normal(0.0, 1.0)))}
+    assert roles == {"z_decentered": "latent", "z": "deterministic"}
+
+
+def test_advice_for_an_autoguide_that_factorises_already():
+    """Its latent outside the plate is the model's own."""
+    (plate,) = preflight(global_model, AutoNormal(global_model), DATA).plates
+    assert plate.prevented_by == "mu" and "AutoNormal" not in plate.advice
 
 
 def test_leaves_random_numbers_as_they_were():
