@@ -78,16 +78,16 @@ def _alignment(
 
 
 def _distance(after: Tensor, expected: Tensor) -> float:
-    """The largest difference as a share of the largest value."""
+    """The largest difference, as a share of the largest value that the same entry has in any particle."""
     if after.shape != expected.shape:
         return math.inf
     after, expected = after * 1.0, expected * 1.0  # a truth value is a number here
     same = (after == expected) | (after.isnan() & expected.isnan())
     if bool(same.all()):
         return 0.0
-    apart = (after - expected)[~same].abs().nan_to_num(nan=math.inf).max()
-    size = expected.abs().nan_to_num(nan=0.0, posinf=0.0).max()
-    return float(apart / size) if bool(size > 0.0) else math.inf
+    size = expected.abs().nan_to_num(nan=0.0, posinf=0.0).amax(0)
+    apart = torch.where(same, 0.0, (after - expected).abs()).nan_to_num(nan=math.inf).amax(0)
+    return float(torch.where(apart == 0.0, 0.0, apart / size).max())
 
 
 def _possible(result: Tensor, layout: Layout) -> Iterator[Alignment]:

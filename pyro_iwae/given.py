@@ -24,7 +24,12 @@ __all__ = ["weigh_at"]
 
 
 def weigh_at(
-    call: Call, draws: Mapping[str, Tensor], weigh: Callable[..., Particles], minibatch: Minibatch | None = None
+    call: Call,
+    draws: Mapping[str, Tensor],
+    weigh: Callable[..., Particles],
+    minibatch: Minibatch | None = None,
+    *,
+    masked: bool = False,
 ) -> tuple[Particles, Tensor]:
     """Weights and log p(x, z), or log p(x, z, c), at given draws.
 
@@ -33,6 +38,7 @@ def weigh_at(
         draws: the model's latents by name, each ``(draws, *site shape)``.
         weigh: ``weigh_particles`` with its options filled in, to be told how many, which values and minibatch.
         minibatch: indices that are settled already.
+        masked: whether masked enumerated sites are left out of log p, as an ELBO outside leaves them out.
 
     Returns:
         The particles, one for each draw, and log p, ``(draws, *plates)``.
@@ -62,12 +68,14 @@ def weigh_at(
         ) from error
     _require_reached(draws, at)
     summed_out = {n: v for n, v in draws.items() if n not in dict(latent_sites(at.pairs[0].guide))}
-    pairs = _at_enumerated(call, summed_out, values, at) if summed_out else at.pairs
+    pairs = _at_enumerated(call, summed_out, values, at, masked) if summed_out else at.pairs
     log_p = torch.cat([model_log_density(p, at.layout) for p in pairs])
     return at, log_p.expand(at.weights.log_weights.shape)
 
 
-def _at_enumerated(call: Call, given: Mapping[str, Tensor], values: Mapping[str, Tensor], at: Particles) -> list[Pair]:
+def _at_enumerated(
+    call: Call, given: Mapping[str, Tensor], values: Mapping[str, Tensor], at: Particles, masked: bool
+) -> list[Pair]:
     """The runs at given draws once more, with given values for the sites that are otherwise summed out."""
     count, run = at.weights.num_particles, at.structure.run
     sites = at.pairs[0].model.nodes
@@ -76,7 +84,7 @@ def _at_enumerated(call: Call, given: Mapping[str, Tensor], values: Mapping[str,
         raise ValueError(f"expected draws of the model's latents, got {unknown}, which the model does not have")
     together = run.vectorized and count > 1
     rows = [slice(None)] if together else [slice(k, k + 1) for k in range(count)]
-    unmasked = Unmasked(lambda msg: msg["name"] in given)
+    unmasked = Unmasked(lambda msg: msg["name"] in given and not masked)
     pairs = []
     for row in rows:
         fixed = {n: spread_value(v, sites[n], run) if together else v[row.start] for n, v in given.items()}

@@ -114,12 +114,70 @@ class ImportanceResampledGuide(torch.nn.Module):
         self.model = model
         self.guide = guide
         behind = {m: None for m in map(module_behind, (model, guide)) if m is not None and m not in (model, guide)}
-        self.owners = torch.nn.ModuleList(behind)  # of model and guide that are methods: vae.model, vae.guide
+        self._owners = tuple(behind)  # of model and guide that are methods: vae.model, vae.guide
+        self._visiting = False
         self.num_particles = as_count("num_particles", num_particles)
         self.vectorize_particles = vectorize_particles
         self.max_plate_nesting = max_plate_nesting
         self._structures = StructureCache()
         self._is_set_up = False
+
+    # The modules that model and guide are methods of belong to this one; not as children of it, since it may be a
+    # child of theirs (self.posterior = ImportanceResampledGuide(self.model, self.guide)).
+
+    def named_modules(
+        self, memo: set[torch.nn.Module] | None = None, prefix: str = "", remove_duplicate: bool = True
+    ) -> Iterator[tuple[str, torch.nn.Module]]:
+        memo = set() if memo is None else memo
+        yield from super().named_modules(memo, prefix, remove_duplicate)
+        with self._visit() as owners:
+            for name, owner in owners.items():
+                yield from owner.named_modules(memo, f"{prefix}.{name}".lstrip("."), remove_duplicate)
+
+    def train(self, mode: bool = True) -> ImportanceResampledGuide:
+        super().train(mode)
+        with self._visit() as owners:
+            for owner in owners.values():
+                owner.train(mode)
+        return self
+
+    def _apply(self, fn: Any, recurse: bool = True) -> ImportanceResampledGuide:
+        super()._apply(fn, recurse)
+        with self._visit() as owners:
+            for owner in owners.values():
+                owner._apply(fn, recurse)
+        return self
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        with self._visit() as owners:
+            for name, owner in owners.items():
+                owner.state_dict(destination=destination, prefix=f"{prefix}{name}.", keep_vars=keep_vars)
+
+    def _load_from_state_dict(
+        self, state: Any, prefix: str, meta: Any, strict: bool, missing: Any, unexpected: Any, errors: Any
+    ) -> None:
+        super()._load_from_state_dict(state, prefix, meta, strict, missing, unexpected, errors)
+        with self._visit() as owners:
+            for name, owner in owners.items():
+                start = f"{prefix}{name}."
+                own = {key[len(start) :]: value for key, value in state.items() if key.startswith(start)}
+                absent, unknown = owner.load_state_dict(own, strict=False)
+                missing += [start + key for key in absent]
+                unexpected[:] = [key for key in unexpected if not key.startswith(start)]
+                unexpected += [start + key for key in unknown]
+
+    @contextmanager
+    def _visit(self) -> Iterator[dict[str, torch.nn.Module]]:
+        """The owners by name; none while they are being visited already."""
+        if self._visiting:
+            yield {}
+            return
+        self._visiting = True
+        try:
+            yield {f"owners.{i}": owner for i, owner in enumerate(self._owners)}
+        finally:
+            self._visiting = False
 
     # As a guide
 
@@ -184,7 +242,7 @@ class ImportanceResampledGuide(torch.nn.Module):
     def _density_at(self, call: Call, values: Mapping[str, Tensor], particles: Particles) -> Selection:
         """log q~ at values that a handler chose, its companions K - 1 of the particles, whichever was selected."""
         stacked = {n: v.unsqueeze(0) for n, v in values.items()}
-        at, log_p = weigh_at(call, stacked, self._weigh, particles.minibatch)
+        at, log_p = weigh_at(call, stacked, self._weigh, particles.minibatch, masked=True)
         log_weights = torch.cat([at.weights.log_weights, particles.weights.log_weights[1:]])
         bound = log_weights.logsumexp(0) - math.log(self.num_particles)
         return Selection(dict(values), {}, difference(log_p.squeeze(0), bound))

@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from pyro import poutine
 from pyro.poutine.indep_messenger import CondIndepStackFrame
 from pyro.poutine.util import site_is_factor
@@ -175,7 +174,7 @@ def preflight(model: Callable[..., Any], guide: Callable[..., Any], *args: Any, 
 def _weigh_once(call: Call) -> tuple[Structure | None, list[str], list[str]]:
     """The verdict, and what the ELBO would raise and warn of."""
     cache, problems = StructureCache(), []
-    with warnings.catch_warnings(record=True) as caught, torch.no_grad():
+    with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         with poutine.block(), unchanged_state(call.model, call.guide):
             try:

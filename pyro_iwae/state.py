@@ -102,4 +102,6 @@ def unchanged_state(*programs: Callable[..., Any]) -> Iterator[dict[torch.nn.Mod
         with torch.no_grad():
             for module, buffers in seen.items():
                 for name, (buffer, value) in buffers.items():
-                    module._buffers[name] = buffer.copy_(value)
+                    module._buffers[name] = buffer
+                    if not bool(((buffer == value) | (buffer.isnan() & value.isnan())).all()):
+                        buffer.data.copy_(value)  # .data, so that a waiting graph stays valid

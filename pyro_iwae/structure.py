@@ -11,7 +11,9 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
+from pyro.poutine.mask_messenger import MaskMessenger
 from pyro.poutine.messenger import _bound_partial
+from pyro.poutine.scale_messenger import ScaleMessenger
 
 from pyro_iwae.particles import Run
 from pyro_iwae.plates import IndependentPlate, Layout, candidates, signature
@@ -98,11 +100,11 @@ class StructureCache:
         return tuple(self._identity(p) if callable(p) else p for p in parts)
 
     def _identity(self, fn: Any) -> tuple[Any, ...]:
-        # An effect handler is often put on anew at each step (annealing); what it is put on counts, and its kind.
+        # A scale or mask is often put on anew at each step (annealing), and changes neither values nor what they reach.
         wrapped: Any = fn.func if isinstance(fn, _bound_partial) else None
         if isinstance(wrapped, partial) and len(wrapped.args) == 2:
             handler, inner = wrapped.args
-            if type(handler).__module__.startswith("pyro."):
+            if type(handler) in (ScaleMessenger, MaskMessenger):
                 return (*self._identity(inner), type(handler))
         # A bound method is a new object at each access, so that the object behind it is what counts.
         function = getattr(fn, "__func__", None)

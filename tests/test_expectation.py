@@ -155,6 +155,14 @@ def test_small_and_large_values(size, double):
     assert torch.allclose(at(lambda z: size * z["z"].mT) / size, expected)
 
 
+def test_small_values_that_mix_beside_large_ones():
+    posterior = ImportanceResampledGuide(local_model, local_guide, 50)
+    sizes = torch.ones(len(X))
+    sizes[0] = 1e6
+    with pytest.raises(ValueError, match="apart"):
+        posterior.expectation(lambda z: z["z"] * sizes + z["z"].flip(-1))
+
+
 def test_nested_plates(double):
     posterior = ImportanceResampledGuide(nested_model, nested_guide, K)
     pyro.set_rng_seed(1)

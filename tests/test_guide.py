@@ -1249,3 +1249,36 @@ def test_predictions_at_other_inputs():
         )
     with pytest.raises(ValueError, match="called without its data"):
         posterior(x)
+
+
+class SelfContained(Autoencoder):
+    """Holds its own posterior, as a LightningModule might."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("scale", torch.ones(1).expand(3))
+        self.posterior = ImportanceResampledGuide(self.model, self.guide, 4)
+
+
+def test_a_posterior_may_be_a_part_of_its_owner():
+    vae = SelfContained()
+    assert not vae.eval().posterior.training and vae.train().posterior.training
+    assert not vae.posterior.eval().training and not vae.encoder.training
+    assert vae.to(torch.float64).decoder.weight.dtype == torch.float64
+    assert "SelfContained" in repr(vae)
+    other = SelfContained().double()
+    other.load_state_dict(vae.state_dict())
+    assert torch.equal(other.encoder.weight, vae.encoder.weight)
+    assert len(list(vae.posterior.parameters())) == len(list(vae.parameters())) == 4
+    assert vae.posterior.sample(5, torch.zeros(2, dtype=torch.float64))["z"].shape == (5, 2)
+    copied = copy.deepcopy(vae)
+    assert copied.posterior.model.__self__ is copied
+
+
+def test_buffers_that_do_not_change_are_not_written_to():
+    """They may be views of one number, or part of a graph that waits for its backward pass."""
+    vae = SelfContained()
+    waiting = (vae.decoder.weight * vae.scale).sum()
+    ImportanceWeightedELBO(num_particles=3).loss(vae.model, vae.guide, torch.zeros(2))
+    waiting.backward()
+    assert (vae.decoder.weight.grad == 3.0).all()

@@ -91,6 +91,16 @@ def test_trace_elbo_of_draws_of_a_masked_coin_is_the_bound():
     assert losses[1] == pytest.approx(losses[0], abs=1e-9)
 
 
+def test_a_masked_coin_that_is_replaced_has_the_density_of_one_that_is_drawn():
+    """The mask leaves its prior out of the model outside, and so out of the factor, on both ways."""
+    posterior = ImportanceResampledGuide(mixture, standard_normal, 1)
+    trace = poutine.trace(posterior).get_trace()
+    values = {"z": trace.nodes["z"]["value"] + 1e-9, "c": trace.nodes["c"]["value"]}
+    again = poutine.trace(poutine.condition(posterior, data=values)).get_trace()
+    drawn, replaced = (t.nodes["_importance_density_z"]["fn"].log_factor for t in (trace, again))
+    assert torch.allclose(drawn, replaced, atol=1e-6)
+
+
 # Handlers outside
 
 

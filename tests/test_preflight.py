@@ -196,6 +196,15 @@ def test_advice_for_an_autoguide_that_factorises_already():
     assert plate.prevented_by == "mu" and "AutoNormal" not in plate.advice
 
 
+def test_models_that_take_gradients():
+    def guide():
+        loc = pyro.param("loc", torch.tensor(1.0))
+        (slope,) = torch.autograd.grad(loc**2, loc)
+        pyro.sample("z", dist.Normal(slope, 1.0))
+
+    assert preflight(lambda: pyro.sample("z", dist.Normal(0.0, 1.0)), guide).ok
+
+
 def test_leaves_random_numbers_as_they_were():
     before = torch.get_rng_state()
     preflight(local_model, local_guide, DATA, 2)

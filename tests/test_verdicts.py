@@ -254,6 +254,27 @@ def test_a_handler_put_on_anew_at_each_step():
     assert model.calls > 1
 
 
+def test_handlers_that_change_values_are_looked_at_each():
+    """The coupling is closed at one value of g and open at another."""
+
+    def model():
+        g = normal("g")
+        with pyro.plate("data", 2):
+            z = normal("z")
+            normal("x", z + g * z.flip(-1), obs=torch.ones(2))
+
+    def guide():
+        with pyro.plate("data", 2):
+            normal("z")
+
+    elbo = ImportanceWeightedELBO(num_particles=3)
+    found = []
+    for g in (0.0, 2.0):
+        conditioned = poutine.condition(model, data={"g": torch.tensor(g)})
+        found.append(elbo.log_weights(conditioned, guide).plates)
+    assert found == [("data",), ()]
+
+
 # Masks on one side
 
 
