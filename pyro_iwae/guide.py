@@ -26,6 +26,7 @@ from pyro_iwae.emission import Boundary, Emission
 from pyro_iwae.expectation import weighted_mean
 from pyro_iwae.given import weigh_at
 from pyro_iwae.logweights import LogWeights
+from pyro_iwae.owning import Owning
 from pyro_iwae.particles import Call, Minibatch, ParticlePlate, enclosing_frames
 from pyro_iwae.plates import Layout
 from pyro_iwae.resampling import multinomial
@@ -59,7 +60,7 @@ class ElboInterval:
         return iter((self.lower, self.upper))
 
 
-class ImportanceResampledGuide(torch.nn.Module):
+class ImportanceResampledGuide(Owning):
     """q_EW: draw K particles from the guide, weigh them by the model, keep one by its weight.
 
     A guide like any other, for ``Predictive``, effect handlers and other ELBOs, and closer to the posterior than
@@ -108,76 +109,17 @@ class ImportanceResampledGuide(torch.nn.Module):
         vectorize_particles: bool | None = None,
         max_plate_nesting: float = math.inf,
     ) -> None:
-        super().__init__()
         require_callables(model, guide)
         require_options(vectorize_particles, max_plate_nesting)
+        behind = {m: None for m in map(module_behind, (model, guide)) if m is not None and m not in (model, guide)}
+        super().__init__(tuple(behind))  # vae, where they are vae.model and vae.guide
         self.model = model
         self.guide = guide
-        behind = {m: None for m in map(module_behind, (model, guide)) if m is not None and m not in (model, guide)}
-        self._owners = tuple(behind)  # of model and guide that are methods: vae.model, vae.guide
-        self._visiting = False
         self.num_particles = as_count("num_particles", num_particles)
         self.vectorize_particles = vectorize_particles
         self.max_plate_nesting = max_plate_nesting
         self._structures = StructureCache()
         self._is_set_up = False
-
-    # The modules that model and guide are methods of belong to this one; not as children of it, since it may be a
-    # child of theirs (self.posterior = ImportanceResampledGuide(self.model, self.guide)).
-
-    def named_modules(
-        self, memo: set[torch.nn.Module] | None = None, prefix: str = "", remove_duplicate: bool = True
-    ) -> Iterator[tuple[str, torch.nn.Module]]:
-        memo = set() if memo is None else memo
-        yield from super().named_modules(memo, prefix, remove_duplicate)
-        with self._visit() as owners:
-            for name, owner in owners.items():
-                yield from owner.named_modules(memo, f"{prefix}.{name}".lstrip("."), remove_duplicate)
-
-    def train(self, mode: bool = True) -> ImportanceResampledGuide:
-        super().train(mode)
-        with self._visit() as owners:
-            for owner in owners.values():
-                owner.train(mode)
-        return self
-
-    def _apply(self, fn: Any, recurse: bool = True) -> ImportanceResampledGuide:
-        super()._apply(fn, recurse)
-        with self._visit() as owners:
-            for owner in owners.values():
-                owner._apply(fn, recurse)
-        return self
-
-    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
-        super()._save_to_state_dict(destination, prefix, keep_vars)
-        with self._visit() as owners:
-            for name, owner in owners.items():
-                owner.state_dict(destination=destination, prefix=f"{prefix}{name}.", keep_vars=keep_vars)
-
-    def _load_from_state_dict(
-        self, state: Any, prefix: str, meta: Any, strict: bool, missing: Any, unexpected: Any, errors: Any
-    ) -> None:
-        super()._load_from_state_dict(state, prefix, meta, strict, missing, unexpected, errors)
-        with self._visit() as owners:
-            for name, owner in owners.items():
-                start = f"{prefix}{name}."
-                own = {key[len(start) :]: value for key, value in state.items() if key.startswith(start)}
-                absent, unknown = owner.load_state_dict(own, strict=False)
-                missing += [start + key for key in absent]
-                unexpected[:] = [key for key in unexpected if not key.startswith(start)]
-                unexpected += [start + key for key in unknown]
-
-    @contextmanager
-    def _visit(self) -> Iterator[dict[str, torch.nn.Module]]:
-        """The owners by name; none while they are being visited already."""
-        if self._visiting:
-            yield {}
-            return
-        self._visiting = True
-        try:
-            yield {f"owners.{i}": owner for i, owner in enumerate(self._owners)}
-        finally:
-            self._visiting = False
 
     # As a guide
 

@@ -12,7 +12,7 @@ import pyro_iwae
 
 ROOT = Path(pyro_iwae.__file__).parent
 ORDER = [
-    {"exact", "logweights"},
+    {"exact", "logweights", "owning"},
     {"gradients", "resampling"},
     {"density", "plates", "state"},
     {"traces"},
