@@ -8,18 +8,28 @@ https://arxiv.org/abs/1704.02916). Importing the package changes nothing in torc
 """
 
 from pyro_iwae.elbo import ImportanceWeightedELBO
-from pyro_iwae.gradients import VIMCO, Pathwise
+from pyro_iwae.gradients import OVIS, VIMCO, DoublyReparameterized, Pathwise, SampledBackward, StickTheLanding
 from pyro_iwae.guide import ImportanceResampledGuide
 from pyro_iwae.logweights import LogWeights
+from pyro_iwae.objectives import CIWAE, MIWAE, PIWAE, TVO, Renyi
 from pyro_iwae.preflight import preflight
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "CIWAE",
+    "MIWAE",
+    "OVIS",
+    "PIWAE",
+    "TVO",
     "VIMCO",
+    "DoublyReparameterized",
     "ImportanceResampledGuide",
     "ImportanceWeightedELBO",
     "LogWeights",
     "Pathwise",
+    "Renyi",
+    "SampledBackward",
+    "StickTheLanding",
     "preflight",
 ]

@@ -16,8 +16,9 @@ import torch
 from pyro.distributions.util import scale_and_mask
 from torch import Tensor
 
+from pyro_iwae.densities import log_prob_of
 from pyro_iwae.plates import Layout, Site
-from pyro_iwae.traces import Pair, log_prob_of
+from pyro_iwae.traces import Pair
 
 __all__ = [
     "close",

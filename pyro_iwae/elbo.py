@@ -10,24 +10,29 @@ import operator
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
 from pyro.infer import ELBO, Trace_ELBO, TraceEnum_ELBO
 from pyro.infer.util import torch_item, zero_grads
 from pyro.poutine import Trace
 from torch import Tensor
 
-from pyro_iwae.gradients import VIMCO, Gradient, Pathwise
+from pyro_iwae.backward import weigh_drawn
+from pyro_iwae.gradients import OVIS, Coefficients, PathGradient, Pathwise, SampledBackward, ScoreGradient
 from pyro_iwae.logweights import LogWeights
+from pyro_iwae.objectives import Objective
 from pyro_iwae.particles import Call
 from pyro_iwae.plates import latent_sites, nesting
 from pyro_iwae.state import get_random_state, set_random_state
 from pyro_iwae.structure import StructureCache
 from pyro_iwae.terms import outer_scale, terms_of
+from pyro_iwae.totals import Totals
 from pyro_iwae.traces import fill_densities, require_site_shapes, run_pair
 from pyro_iwae.weighing import Particles, impossible_sites, weigh_particles
 
 __all__ = ["ImportanceWeightedELBO"]
 
 Program = Callable[..., Any]
+PARTICLES_PER_DRAW = 8  # in one pass without a graph, for each particle that will have one
 
 
 def as_count(name: str, value: Any, *, least: int = 1) -> int:
@@ -60,6 +65,11 @@ def require_callables(model: Any, guide: Any) -> None:
             raise TypeError(f"expected {name} to be callable (a function or Module of Pyro statements), got {fn!r}")
 
 
+def _require_kind(name: str, value: Any, kind: type, example: str) -> None:
+    if value is not None and not isinstance(value, kind):
+        raise TypeError(f"expected {name} to be {example}, got {value!r}")
+
+
 class ImportanceWeightedELBO(ELBO):
     r"""The importance weighted bound log (1/K) sum_k p(x, z_k) / q(z_k | x), maximised over model and guide.
 
@@ -88,8 +98,11 @@ class ImportanceWeightedELBO(ELBO):
         jit_options: likewise accepted, and does nothing.
         retain_graph: passed to ``backward`` by :meth:`loss_and_grads`.
         tail_adaptive_beta: accepted as by every ELBO; of use to ``TraceTailAdaptive_ELBO`` only.
-        gradient: estimator for reparameterised guide sites and for the model; None is :class:`Pathwise`.
-        score: estimator for the other guide sites; None is :class:`VIMCO`.
+        objective: what to optimise in place of the importance weighted bound: :class:`Renyi`, :class:`MIWAE`,
+            :class:`PIWAE`, :class:`CIWAE`, :class:`TVO`.
+        gradient: estimator for the model and for reparameterised guide sites: :class:`Pathwise` (the default),
+            :class:`StickTheLanding`, :class:`DoublyReparameterized`, :class:`SampledBackward`.
+        score: estimator for the other guide sites: :class:`OVIS` (the default), :class:`VIMCO`.
 
     Raises:
         TypeError: where an option has the wrong type.
@@ -123,8 +136,9 @@ class ImportanceWeightedELBO(ELBO):
         retain_graph: bool | None = None,
         tail_adaptive_beta: float = -1.0,
         *,
-        gradient: Gradient | None = None,
-        score: Gradient | None = None,
+        objective: Objective | None = None,
+        gradient: PathGradient | None = None,
+        score: ScoreGradient | None = None,
     ) -> None:
         super().__init__(
             num_particles=as_count("num_particles", num_particles),
@@ -138,13 +152,16 @@ class ImportanceWeightedELBO(ELBO):
             tail_adaptive_beta=tail_adaptive_beta,
         )
         require_options(vectorize_particles, self.max_plate_nesting)
-        for name, estimator in (("gradient", gradient), ("score", score)):
-            if estimator is not None and not isinstance(estimator, Gradient):
-                raise TypeError(f"expected {name} to be an estimator such as Pathwise() or VIMCO(), got {estimator!r}")
+        _require_kind("objective", objective, Objective, "an objective such as Renyi(0.5) or MIWAE(8)")
+        _require_kind("gradient", gradient, PathGradient, "an estimator such as Pathwise() or DoublyReparameterized()")
+        _require_kind("score", score, ScoreGradient, "an estimator such as OVIS() or VIMCO()")
         self.vectorize_particles = vectorize_particles
+        self.objective = objective
         self.gradient = Pathwise() if gradient is None else gradient
-        self.score = VIMCO() if score is None else score
+        self.score = OVIS() if score is None else score
         self._structures = StructureCache()
+        if objective is not None:
+            objective.totals(torch.zeros(self.num_particles))  # does K suit it?
 
     def log_weights(self, model: Program, guide: Program, *args: Any, **kwargs: Any) -> LogWeights:
         """Draws K particles and weighs them.
@@ -163,10 +180,10 @@ class ImportanceWeightedELBO(ELBO):
             ValueError: where latents do not match, a weight is NaN or +inf, or a subsampled plate that is not
                 independent meets K > 1. The message names the site and plate and says what to write instead.
         """
-        return self._draw(model, guide, args, kwargs).weights
+        return self._draw(Call(model, guide, args, kwargs)).weights
 
     def bound(self, model: Program, guide: Program, *args: Any, **kwargs: Any) -> Tensor:
-        """The bound for each independent plate element, in nats.
+        """The bound (or the other objective) for each independent plate element, in nats.
 
         Unscaled, and without the terms that no latent reaches (``log_weights(...).constant``); ``-loss`` is the
         scaled sum of all.
@@ -174,20 +191,26 @@ class ImportanceWeightedELBO(ELBO):
         Returns:
             Shape ``(*independent plates)``, a scalar where no plate is independent.
         """
-        return self.log_weights(model, guide, *args, **kwargs).bound()
+        weights = self.log_weights(model, guide, *args, **kwargs)
+        if self.objective is None:
+            return weights.bound()
+        totals = self.objective.totals(weights.log_weights)
+        slope = totals.slope(weights.log_weights)
+        surrogate = Coefficients(slope, slope, slope, slope).surrogate(weights)
+        return totals.value + (surrogate - surrogate.detach())
 
     def loss(self, model: Program, guide: Program, *args: Any, **kwargs: Any) -> float:
         """Minus the bound, scaled and summed over elements, in nats."""
-        if self.num_particles == 1:
+        if self.num_particles == 1:  # any objective is the ELBO then, whatever its gradient
             return float(self._single("loss", model, guide, args, kwargs))
         weights = self.log_weights(model, guide, *args, **kwargs)
-        return -torch_item(weights.total(weights.bound()))
+        return -torch_item(weights.total(self._totals(weights).value))
 
     def differentiable_loss(self, model: Program, guide: Program, *args: Any, **kwargs: Any) -> Tensor:
         """The loss as a scalar tensor whose ``backward()`` gives the gradient estimate."""
-        if self.num_particles == 1:
+        if self._is_pyros:
             return self._single("differentiable_loss", model, guide, args, kwargs)
-        return self._loss(self._draw(model, guide, args, kwargs).weights)
+        return self._step(model, guide, args, kwargs)[1]
 
     def loss_and_grads(self, model: Program, guide: Program, *args: Any, **kwargs: Any) -> float:
         """The loss, in nats; adds the gradient estimate to the ``grad`` of every parameter.
@@ -195,34 +218,60 @@ class ImportanceWeightedELBO(ELBO):
         Raises:
             ValueError: also where a parameter's gradient comes out as NaN because a site's log density is -inf.
         """
-        if self.num_particles == 1:
+        if self._is_pyros:
             return float(self._single("loss_and_grads", model, guide, args, kwargs))
-        particles = self._draw(model, guide, args, kwargs)
-        loss = self._loss(particles.weights)
+        particles, loss = self._step(model, guide, args, kwargs)
         if loss.requires_grad:
             loss.backward(retain_graph=self.retain_graph)
             _refuse_nan_gradients(particles)
         return torch_item(loss)
 
-    def _draw(self, model: Program, guide: Program, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Particles:
-        require_callables(model, guide)
+    def _draw(self, call: Call, *, cut: bool = False, model_graph: bool = True, block: int | None = None) -> Particles:
+        require_callables(call.model, call.guide)
         return weigh_particles(
-            Call(model, guide, args, kwargs),
+            call,
             num_particles=as_count("num_particles", self.num_particles),
             cache=self._structures,
             vectorize=self.vectorize_particles,
             max_plate_nesting=self.max_plate_nesting,
             warn_of_enumeration=self.strict_enumeration_warning,
+            cut=cut,
+            model_graph=model_graph,
+            block=block,
         )
 
-    def _loss(self, weights: LogWeights) -> Tensor:
-        """Value of the bound, gradient of the surrogate."""
-        totals = weights.totals()
-        surrogate = self.gradient.surrogate(weights, totals) + self.score.surrogate(weights, totals)
-        per_element = totals.log_mean + (surrogate - surrogate.detach())
-        return -weights.total(per_element)
+    def _totals(self, weights: LogWeights) -> Totals:
+        return weights.totals() if self.objective is None else self.objective.totals(weights.log_weights)
+
+    def _step(self, model: Program, guide: Program, args: Any, kwargs: Any) -> tuple[Particles, Tensor]:
+        """K particles, and the loss: value of the objective, gradient of the surrogates."""
+        call, gradient = Call(model, guide, args, kwargs), self.gradient
+        if isinstance(gradient, SampledBackward) and self.num_particles <= gradient.draws:
+            gradient = gradient.inner
+        cut = torch.is_grad_enabled() and (gradient.cuts or (self.objective is not None and self.objective.separates))
+        if not isinstance(gradient, SampledBackward):
+            particles = self._draw(call, cut=cut)
+            weights, totals = particles.weights, self._totals(particles.weights)
+            surrogate = gradient.surrogate(weights, totals) if torch.is_grad_enabled() else totals.value
+        else:
+            particles = self._draw(call, cut=cut, model_graph=False, block=PARTICLES_PER_DRAW * gradient.draws)
+            totals = self._totals(particles.weights)
+            coefficients = gradient.coefficients(particles.weights, totals)
+            index, count = gradient.draw(coefficients.model)
+            weights = weigh_drawn(call, particles, index, count)
+            surrogate = coefficients.drawn(index, count).surrogate(weights)
+        if self.num_particles == 1:
+            _require_sampled(particles)
+        surrogate = surrogate + self.score.surrogate(particles.weights, totals)
+        return particles, -weights.total(totals.value + (surrogate - surrogate.detach()))
 
     # One particle: Pyro's own estimators, on traces that are checked here.
+
+    @property
+    def _is_pyros(self) -> bool:
+        """Whether there is one particle, whose objective is the ELBO, and its gradient the ordinary one."""
+        inner = self.gradient.inner if isinstance(self.gradient, SampledBackward) else self.gradient
+        return self.num_particles == 1 and (isinstance(inner, Pathwise) or not torch.is_grad_enabled())
 
     def _single(self, method: str, model: Program, guide: Program, args: Any, kwargs: Any) -> Any:
         require_callables(model, guide)
@@ -246,6 +295,17 @@ class ImportanceWeightedELBO(ELBO):
     def _get_trace(self, model: Program, guide: Program, args: Any, kwargs: Any) -> tuple[Trace, Trace]:
         """One particle's traces (abstract in Pyro's base class)."""
         return _SingleParticle()._get_trace(model, guide, args, kwargs)
+
+
+def _require_sampled(particles: Particles) -> None:
+    """Raises where one particle would sample a guide site that asks for enumeration, which ``Pathwise`` sums out."""
+    names = [n for n, s in latent_sites(particles.pairs[0].guide) if s["infer"].get("enumerate")]
+    if names:
+        raise NotImplementedError(
+            f"expected a guide without enumerated sites, got {names}: their exact expectation comes from TraceEnum_ELBO, "
+            "whose gradient is the pathwise one. Write gradient=Pathwise(), or take more than one particle to have them "
+            "sampled"
+        )
 
 
 class _EnumerationAsked(Exception):

@@ -34,14 +34,13 @@ from pyro_iwae.crossing import (
     separating_rounds,
     site_values,
 )
+from pyro_iwae.drawn import Drawn, settable
 from pyro_iwae.particles import (
     Call,
-    Drawn,
     Minibatch,
     Run,
     batch_dim,
     run_particles,
-    settable,
     spread_value,
     stacked_latents,
 )

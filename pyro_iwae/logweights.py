@@ -7,64 +7,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-__all__ = ["LogWeights", "Totals"]
+from pyro_iwae.cut import Cut
+from pyro_iwae.totals import LogMean
 
-
-@dataclass(frozen=True, eq=False)
-class Totals:
-    """What an estimator must know of *all* K particles, in nats; detached.
-
-    The sum is kept in two parts, the largest weight and the rest, so that the sum *without* any one particle is
-    exact also for the particle that carries nearly all of the weight.
-
-    Attributes:
-        largest: the largest log weight of each independent element, shape ``(*plates)``.
-        rest: the log-sum-exp of all the other log weights, shape ``(*plates)``.
-        count: K, the number of particles.
-    """
-
-    largest: Float[Tensor, "*plates"]
-    rest: Float[Tensor, "*plates"]
-    count: int
-
-    @classmethod
-    def of(cls, log_weights: Float[Tensor, "particles *plates"]) -> Totals:
-        """Totals of one block of particles."""
-        log_weights = log_weights.detach()
-        largest, position = log_weights.max(0, keepdim=True)
-        rest = log_weights.scatter(0, position, -math.inf).logsumexp(0)
-        return cls(largest.squeeze(0), rest, log_weights.shape[0])
-
-    def merge(self, other: Totals) -> Totals:
-        """Totals of two blocks together; associative and commutative."""
-        largest = torch.maximum(self.largest, other.largest)
-        smaller = torch.minimum(self.largest, other.largest)
-        rest = torch.logaddexp(torch.logaddexp(self.rest, other.rest), smaller)
-        return Totals(largest, rest, self.count + other.count)
-
-    @property
-    def log_sum(self) -> Float[Tensor, "*plates"]:
-        """Log-sum-exp over all particles."""
-        return torch.logaddexp(self.largest, self.rest)
-
-    @property
-    def log_mean(self) -> Float[Tensor, "*plates"]:
-        """Log-mean-exp over all particles, the value of the bound."""
-        return self.log_sum - math.log(self.count)
-
-    def log_mean_of_others(self, log_weights: Float[Tensor, "particles *plates"]) -> Float[Tensor, "particles *plates"]:
-        """Log-mean-exp over the K - 1 other particles, for each of the given ones (which are among the K)."""
-        log_weights = log_weights.detach()
-        share = (log_weights - self.log_sum).clamp(max=-math.log(2.0))  # any but the largest has at most half
-        others = self.log_sum + torch.log1p(-share.exp())
-        others = torch.where(log_weights == self.largest, self.rest, others)
-        return others - math.log(self.count - 1)
+__all__ = ["LogWeights"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -87,6 +39,8 @@ class LogWeights:
             ``(particles, *plates)``; None where there is no such site.
         score_log_q: the part of log q, as it enters the weights, that belongs to those sites. Its gradient has
             mean zero for K = 1, where ``Trace_ELBO`` leaves it out.
+        cut: the guide's reparameterised values, told apart from the parameters that made them; None unless an
+            estimator asked for it.
 
     Example::
 
@@ -104,6 +58,7 @@ class LogWeights:
     tempered: bool = False
     score: Float[Tensor, "particles *plates"] | None = None
     score_log_q: Float[Tensor, "particles *plates"] | None = None
+    cut: Cut | None = None
 
     @property
     def num_particles(self) -> int:
@@ -113,16 +68,11 @@ class LogWeights:
     @property
     def weights(self) -> Float[Tensor, "particles *plates"]:
         """Weights normalised over particles, shape ``(particles, *plates)``; all 0 where every one is -inf."""
-        return self.share_of(self.totals())
+        return self.totals().slope(self.log_weights)
 
-    def share_of(self, totals: Totals) -> Float[Tensor, "particles *plates"]:
-        """Each particle's share of the given totals, detached; 0 where the total itself is 0."""
-        share = (self.log_weights.detach() - totals.log_sum).exp()
-        return torch.where(totals.largest == -math.inf, 0.0, share)
-
-    def totals(self) -> Totals:
-        """Totals over the particles in this block."""
-        return Totals.of(self.log_weights)
+    def totals(self) -> LogMean:
+        """Totals of the importance weighted bound over the particles in this block."""
+        return LogMean.of(self.log_weights)
 
     def bound(self) -> Float[Tensor, "*plates"]:
         """The importance weighted bound, log (1/K) sum_k w_k, in nats, unscaled and without constants.
@@ -139,3 +89,20 @@ class LogWeights:
         """Sums a value per element as the loss does: scaled, over all elements, constants added once."""
         total = (self.scale * per_element).sum()
         return sum((value.sum() for value in self.constant.values()), start=total)
+
+    def drawn(self, index: Tensor) -> LogWeights:
+        """Some of the particles of each independent element, ``index`` of shape ``(draws, *plates)``."""
+
+        def take(value: Tensor | None) -> Tensor | None:
+            return None if value is None else value.gather(0, index)
+
+        cut = None
+        if self.cut is not None:
+            cut = replace(self.cut, rest=self.cut.rest.gather(0, index), log_q=self.cut.log_q.gather(0, index))
+        return replace(
+            self,
+            log_weights=self.log_weights.gather(0, index),
+            score=take(self.score),
+            score_log_q=take(self.score_log_q),
+            cut=cut,
+        )

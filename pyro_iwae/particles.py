@@ -8,10 +8,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
-from pyro.distributions import Delta
+from pyro.poutine import Trace
 from pyro.poutine.broadcast_messenger import BroadcastMessenger
 from pyro.poutine.indep_messenger import CondIndepStackFrame, IndepMessenger
 from pyro.poutine.messenger import Messenger
@@ -20,19 +21,20 @@ from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
 from pyro_iwae.plates import Site, latent_sites, plate_scale
-from pyro_iwae.traces import Pair, run_pair
+from pyro_iwae.traces import Pair, run_given, run_pair
 
-__all__ = ["Call", "Drawn", "EnclosingPlates", "Minibatch", "ParticlePlate", "Run", "enclosing_frames", "run_particles"]
+__all__ = [
+    "Call",
+    "EnclosingPlates",
+    "Minibatch",
+    "ParticlePlate",
+    "Run",
+    "enclosing_frames",
+    "run_model",
+    "run_particles",
+]
 
 Program = Callable[..., Any]
-
-
-class Drawn(Delta):
-    """A value whose density a factor beside it carries, so that its own is 0 wherever it is asked."""
-
-    def log_prob(self, x: Tensor) -> Tensor:
-        zero = torch.zeros((), dtype=x.dtype if x.is_floating_point() else None, device=x.device)
-        return zero.expand(x.shape[: x.dim() - self.event_dim])
 
 
 class Minibatch(Messenger):
@@ -141,6 +143,13 @@ class Run:
         """The dimension of the particles in a trace; None where each trace is one particle."""
         return -self.depth - 1 if self.vectorized and num_particles > 1 else None
 
+    def enumerate_from(self, num_particles: int) -> int | None:
+        """The first dimension that is free for enumerated sites; None where there are none."""
+        if not self.enumerated:
+            return None
+        dim = self.particle_dim(num_particles)
+        return -1 - self.depth if dim is None else dim - 1
+
 
 def run_particles(
     call: Call,
@@ -149,8 +158,11 @@ def run_particles(
     run: Run,
     minibatch: Minibatch,
     values: Mapping[str, Tensor] | None = None,
+    cut: bool = False,
+    model_graph: bool = True,
+    block: int | None = None,
 ) -> list[Pair]:
-    """Runs K particles: one pair of traces if vectorised, else K pairs.
+    """Runs K particles: one pair of traces for each block of them if vectorised, else K pairs.
 
     Args:
         call: what to run.
@@ -158,11 +170,11 @@ def run_particles(
         run: how.
         minibatch: the indices to share.
         values: values for latents of the guide, each of shape ``(particles, *site shape)``.
+        cut: whether to cut the guide's reparameterised values from the parameters that made them.
+        model_graph: whether the model is run with a graph, if the guide is.
+        block: at most so many particles in one vectorised run; None is all of them.
     """
     dim = run.particle_dim(num_particles)
-    enumerate_from = None
-    if run.enumerated:
-        enumerate_from = -1 - run.depth if dim is None else dim - 1
 
     def once(around: Callable[[Program], Program], given: Mapping[str, Tensor] | None) -> Pair:
         return run_pair(
@@ -172,16 +184,58 @@ def run_particles(
             call.kwargs,
             around=around,
             values=given,
-            enumerate_from=enumerate_from,
+            enumerate_from=run.enumerate_from(num_particles),
+            cut=cut,
+            model_graph=model_graph,
         )
 
     outside = EnclosingPlates(call.enclosing)  # within poutine.replay, as plates must be to broadcast
+    rows = [slice(k, k + 1) for k in range(num_particles)] if dim is None else _blocks(num_particles, block)
+    pairs = []
     with unchanged_enumeration(), minibatch:
-        if dim is not None:
-            plate = ParticlePlate(f"_importance_particles_{-dim}", num_particles, dim=dim)
-            return [once(lambda fn: outside(plate(fn)), values)]
-        singles = [{n: v[k] for n, v in (values or {}).items()} for k in range(num_particles)]
-        return [once(outside, single) for single in singles]
+        for row in rows:
+            given = (
+                None if values is None else {n: v[row] if dim is not None else v[row.start] for n, v in values.items()}
+            )
+            plate = particle_plate(row.stop - row.start, dim)
+            pairs.append(once(lambda fn, plate=plate: outside(plate(fn)), given))
+    return pairs
+
+
+def run_model(
+    call: Call, values: Mapping[str, Tensor], *, num_particles: int, run: Run, minibatch: Minibatch
+) -> list[Trace]:
+    """Runs the model alone at given latents, as one vectorised run, or K sequential ones.
+
+    Args:
+        call: what to run.
+        values: the guide's latents by name, each ``(particles, *site shape)`` as a run wants them.
+        num_particles: K.
+        run: how; vectorised whatever K is, if at all.
+        minibatch: the indices to share.
+    """
+    dim = -run.depth - 1 if run.vectorized else None
+    outside = EnclosingPlates(call.enclosing)
+    rows = [slice(None)] if dim is not None else range(num_particles)
+    traces = []
+    with unchanged_enumeration(), minibatch:
+        for row in rows:
+            around = outside(particle_plate(num_particles, dim)(call.model))
+            given = {n: v[row] for n, v in values.items()}
+            traces.append(run_given(around, given, call.args, call.kwargs, run.enumerate_from(2)))
+    return traces
+
+
+def particle_plate(size: int, dim: int | None) -> Callable[[Program], Program]:
+    """What puts a program into the particles' plate; nothing where particles run one after the other."""
+    return (lambda fn: fn) if dim is None else ParticlePlate(f"_importance_particles_{-dim}", size, dim=dim)
+
+
+def _blocks(num_particles: int, block: int | None) -> list[slice]:
+    """The particles in blocks of about equal size, none larger than ``block``."""
+    count = 1 if block is None else -(-num_particles // block)
+    edges = [num_particles * i // count for i in range(count + 1)]
+    return [slice(a, b) for a, b in pairwise(edges)]
 
 
 @contextmanager
@@ -206,6 +260,14 @@ def stacked_value(
     """A site's values in K particles, shape ``(particles, *site shape)``, the site's shape as without particles."""
     if particle_dim is None:
         return torch.stack([s["value"] for s in sites])
+    if len(sites) > 1:  # blocks of particles
+        frames = [next(f for f in s["cond_indep_stack"] if f.dim == particle_dim) for s in sites]
+        return torch.cat(
+            [
+                stacked_value([s], particle_dim=particle_dim, num_particles=f.size, batch_dims=batch_dims)
+                for s, f in zip(sites, frames, strict=True)
+            ]
+        )
     (site,) = sites
     value, event_dim = site["value"], site["fn"].event_dim
     missing = -particle_dim + event_dim - value.dim()
@@ -243,11 +305,3 @@ def stacked_latents(
         )
         for name, _ in latent_sites(pairs[0].guide)
     }
-
-
-def settable(site: Site) -> bool:
-    """Whether a latent's value is its own: a Delta follows from what comes before it and is better left to that."""
-    fn = site["fn"]
-    while hasattr(fn, "base_dist"):
-        fn = fn.base_dist
-    return isinstance(fn, Drawn) or not isinstance(fn, Delta)

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from pyro.distributions import Unit
 from pyro.distributions.util import is_identically_zero, scale_and_mask
 from pyro.ops import packed
 from pyro.ops.contract import contract_to_tensor
@@ -21,12 +20,15 @@ from pyro.poutine import Trace
 from pyro.poutine.util import prune_subsample_sites
 from torch import Tensor
 
+from pyro_iwae.densities import log_prob_of, score_parts_of
+from pyro_iwae.drawn import DrawnDensity
 from pyro_iwae.plates import Layout, Scale, Site, own_scale, plate_scale, same_scale, sample_sites
-from pyro_iwae.traces import Pair, log_prob_of, score_parts_of
+from pyro_iwae.traces import Pair
 
 __all__ = [
-    "DrawnDensity",
     "Term",
+    "inner_scale",
+    "joined",
     "joint_log_density",
     "model_log_density",
     "outer_scale",
@@ -34,24 +36,6 @@ __all__ = [
     "terms_of",
     "weighed_sites",
 ]
-
-
-class DrawnDensity(Unit):
-    """The log density of a draw, as a factor without a score term, which ``Trace_ELBO`` would weigh wrongly.
-
-    ``log_factor`` carries the surrogate gradient of discrete sites. A weight of which it is only a part needs the
-    pieces instead: ``pathwise``, the same value with the pathwise gradient alone, and ``score``, the sum of log q.
-    """
-
-    has_rsample = True
-
-    def __init__(self, log_factor: Tensor, pathwise: Tensor, score: Tensor) -> None:
-        super().__init__(log_factor, has_rsample=True)
-        self.pathwise, self.score = pathwise, score
-
-    def expand(self, batch_shape: Any, _instance: Any = None) -> DrawnDensity:
-        shape = torch.Size(batch_shape)
-        return DrawnDensity(self.log_factor.expand(shape), self.pathwise.expand(shape), self.score.expand(shape))
 
 
 @dataclass(frozen=True)
@@ -79,10 +63,8 @@ class Term:
 
 def model_log_density(pair: Pair, layout: Layout) -> Tensor:
     """log p(x, z) of each particle and independent element, ``(particles, *plates)``, as it enters the weights."""
-    terms = [
-        t for t in terms_of(pair, layout, outer_scale(pair, layout)) if t.role == "model" and t.element is not None
-    ]
-    log_p, _, _ = sum_columns(terms, layout)
+    terms = terms_of(pair, layout, outer_scale(pair, layout))
+    log_p = sum_columns([(t.element, t.value) for t in terms if t.role == "model"], layout)
     return torch.zeros((1,) * (1 + len(layout.plates))) if log_p is None else log_p
 
 
@@ -90,8 +72,8 @@ def joint_log_density(trace: Trace, guide_trace: Trace, layout: Layout) -> Tenso
     """log p(x, z, c) of a model trace in which enumerated sites have values, ``(1, *plates)``."""
     trace = prune_subsample_sites(trace)
     common = outer_scale(Pair(trace, guide_trace), layout)
-    terms = [_term("model", n, s, layout, common) for n, s in sample_sites(trace) if layout.element(s) is not None]
-    log_p, _, _ = sum_columns(terms, layout)
+    terms = [_term("model", n, s, layout, common) for n, s in sample_sites(trace)]
+    log_p = sum_columns([(t.element, t.value) for t in terms], layout)
     return torch.zeros((1,) * (1 + len(layout.plates))) if log_p is None else log_p
 
 
@@ -136,7 +118,7 @@ def terms_of(pair: Pair, layout: Layout, common: Scale | None) -> list[Term]:
     return terms + _contracted_terms(pair, layout, common, enumerated) if enumerated else terms
 
 
-def _inner_scale(site: Site, layout: Layout, common: Scale | None) -> Scale:
+def inner_scale(site: Site, layout: Layout, common: Scale | None) -> Scale:
     """The scale that stays inside the weight: annealing, and plates that are not independent (K = 1 only)."""
     own = own_scale(site) if common is None else 1.0
     return own * math.prod(plate_scale(f) for f in layout.outer_frames(site))
@@ -149,7 +131,7 @@ def _term(role: str, name: str, site: Site, layout: Layout, common: Scale | None
         value = scale_and_mask(log_prob_of(site), scale=site["scale"], mask=site["mask"])
         value = layout.columns(value, tuple(p.dim for p in plates if p.dim is not None))
         return Term(role, name, value if role == "model" else -value, None, tuple(p.name for p in plates))
-    scale = _inner_scale(site, layout, common)
+    scale = inner_scale(site, layout, common)
     if role == "model":
         return Term(role, name, layout.columns(scale_and_mask(log_prob_of(site), scale, site["mask"])), element)
     fn = site["fn"]
@@ -165,28 +147,37 @@ def _term(role: str, name: str, site: Site, layout: Layout, common: Scale | None
     return Term(role, name, value, element, (), layout.columns(parts.score_function), -value - entropy)
 
 
-def sum_columns(terms: Sequence[Term], layout: Layout) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Adds terms up to (particles, *plates): log weights, score and score_log_q."""
+def sum_columns(parts: Sequence[tuple[tuple[int, ...] | None, Tensor]], layout: Layout) -> Tensor | None:
+    """Adds up what belongs to each element, to ``(particles, *plates)``; None where there is nothing to add.
 
-    def total(parts: Sequence[tuple[tuple[int, ...], Tensor]]) -> Tensor | None:
-        if not parts:
-            return None
-        sums: dict[tuple[int, ...], Tensor] = {}
-        for element, value in parts:
+    Args:
+        parts: element of the sequential plates, and values ``(particles, *vectorised plates)``; constants, whose
+            element is None, are left out.
+        layout: the layout.
+    """
+    sums: dict[tuple[int, ...], Tensor] = {}
+    for element, value in parts:
+        if element is not None:
             sums[element] = sums[element] + value if element in sums else value
-        sizes = [p.size for p in layout.sequential]
-        if not sizes:
-            return sums[()]
-        zero = torch.zeros_like(next(iter(sums.values())))
-        grid = [sums.get(e, zero) for e in _elements(sizes)]
-        grid = list(torch.broadcast_tensors(*grid))
-        stacked = torch.stack(grid, 1)  # (particles, all sequential elements, *vectorised plates)
-        return stacked.reshape([stacked.shape[0], *sizes, *stacked.shape[2:]])
+    sizes = [p.size for p in layout.sequential]
+    if not sums or not sizes:
+        return sums.get(())
+    zero = torch.zeros_like(next(iter(sums.values())))
+    grid = torch.broadcast_tensors(*[sums.get(e, zero) for e in _elements(sizes)])
+    stacked = torch.stack(grid, 1)  # (particles, all sequential elements, *vectorised plates)
+    return stacked.reshape([stacked.shape[0], *sizes, *stacked.shape[2:]])
 
-    log_w = [(t.element, t.value) for t in terms if t.element is not None]
-    score = [(t.element, t.score) for t in terms if t.element is not None and t.score is not None]
-    log_q = [(t.element, t.score_log_q) for t in terms if t.element is not None and t.score_log_q is not None]
-    return total(log_w), total(score), total(log_q)
+
+def joined(
+    tables: Sequence[Sequence[tuple[tuple[int, ...] | None, Tensor | None]]], layout: Layout, shape: Sequence[int]
+) -> Tensor | None:
+    """The columns of all runs, one below the other, ``(particles, *plates)``; None where none has anything to add."""
+    blocks = [sum_columns([(e, v) for e, v in table if v is not None], layout) for table in tables]
+    known = [b for b in blocks if b is not None]
+    if not known:
+        return None
+    filled = [torch.zeros_like(known[0]) if b is None else b for b in blocks]
+    return (torch.cat(filled) if len(filled) > 1 else filled[0]).expand(shape)
 
 
 def _elements(sizes: Sequence[int]) -> list[tuple[int, ...]]:
@@ -245,15 +236,15 @@ def _contracted_terms(pair: Pair, layout: Layout, common: Scale | None, factors:
         sum_dims = {d for n in names for d in factors[n]._pyro_dims} & enum_symbols
         contracted = contract_to_tensor(tree, sum_dims, target, ring=LogRing(dim_to_size=sizes))
         value = packed.unpack(contracted, pair.model.symbol_to_dim)
-        scale = _common_inner_scale([nodes[n] for n in names], layout, common)
+        scale = _commoninner_scale([nodes[n] for n in names], layout, common)
         label = ", ".join(n for n in names if nodes[n]["infer"].get("_enumerate_dim") is not None)
         terms.append(Term("model", label or names[0], layout.columns(value * scale), element))
     return terms
 
 
-def _common_inner_scale(sites: Sequence[Site], layout: Layout, common: Scale | None) -> Scale:
+def _commoninner_scale(sites: Sequence[Site], layout: Layout, common: Scale | None) -> Scale:
     """The one scale of all sites that are contracted together; it stays outside their sum."""
-    scales = [_inner_scale(s, layout, common) for s in sites]
+    scales = [inner_scale(s, layout, common) for s in sites]
     for site, scale in zip(sites, scales, strict=True):
         if not same_scale(scale, scales[0]):
             raise ValueError(

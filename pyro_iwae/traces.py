@@ -8,9 +8,11 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from contextlib import nullcontext
+from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from pyro import poutine
 from pyro.distributions.util import scale_and_mask
 from pyro.infer.util import is_validation_enabled
@@ -22,20 +24,20 @@ from pyro.poutine.util import prune_subsample_sites
 from pyro.util import check_model_guide_match, check_site_shape
 from torch import Tensor
 
+from pyro_iwae.cutting import CutSite, CutValues
+from pyro_iwae.densities import infinity_message, log_prob_of, nan_message, score_parts_of
 from pyro_iwae.plates import Site, latent_sites, sample_sites
 
-__all__ = ["Pair", "fill_densities", "log_prob_of", "run_pair", "score_parts_of"]
-
-
-MISSING_VALUES = "For missing values put any valid number in their place, and mask that with poutine.mask"
+__all__ = ["Pair", "fill_densities", "run_pair"]
 
 
 @dataclass(frozen=True)
 class Pair:
-    """One run of the guide and of the model replayed on it."""
+    """One run of the guide and of the model replayed on it; the values that were cut, if that was asked for."""
 
     model: Trace
     guide: Trace
+    cuts: Mapping[str, CutSite] = field(default_factory=dict)
 
     def sites(self) -> Iterator[tuple[str, str, Site]]:
         """(role, name, site) for all sample sites of both."""
@@ -85,6 +87,8 @@ def run_pair(
     values: Mapping[str, Tensor] | None = None,
     enumerate_from: int | None = None,
     matched: bool = True,
+    cut: bool = False,
+    model_graph: bool = True,
 ) -> Pair:
     """Runs the guide, then the model replayed on it.
 
@@ -97,31 +101,67 @@ def run_pair(
         values: values that latents of the guide are given in place of a draw.
         enumerate_from: the first free dimension for enumerated model sites; None where there are none.
         matched: whether to raise where the latents of model and guide are not the same.
+        cut: whether to cut the guide's reparameterised values from the parameters that made them.
+        model_graph: whether the model is run with a graph, if the guide is.
     """
     given = SetValues(values or {})
+    cutting = CutValues() if cut else nullcontext(None)
     messenger: Any = poutine.unwrap(guide)
     if isinstance(messenger, GuideMessenger):  # runs model and guide together
-        if enumerate_from is not None:
-            raise NotImplementedError(
-                f"expected a guide without enumerated model sites, got {type(messenger).__name__}, which runs model "
-                "and guide together; hide those sites from it with poutine.block, or write the guide as a function"
-            )
-        with given:
+        _require_apart(messenger, enumerate_from, model_graph)
+        with given, cutting as cuts:
             around(guide)(*args, **kwargs)
         model_trace, guide_trace = messenger.get_traces()
     else:
-        with given:
+        with given, cutting as cuts:
             guide_trace = poutine.trace(around(guide)).get_trace(*args, **kwargs)
-        replayed = around(model)
-        if enumerate_from is not None:
-            replayed = EnumMessenger(enumerate_from)(replayed)
-        model_trace = poutine.trace(poutine.replay(replayed, trace=guide_trace)).get_trace(*args, **kwargs)
-    pair = Pair(prune_subsample_sites(model_trace), prune_subsample_sites(guide_trace))
+        with nullcontext() if model_graph else torch.no_grad():
+            replayed = enumerating(around(model), enumerate_from)
+            model_trace = poutine.trace(poutine.replay(replayed, trace=guide_trace)).get_trace(*args, **kwargs)
+    pair = Pair(prune_subsample_sites(model_trace), prune_subsample_sites(guide_trace), cuts.sites if cuts else {})
+    if cuts is not None:
+        cuts.fill(pair.guide)
     if matched:
         require_match(pair)
         for role, _, site in pair.sites():  # now, while a flow without an inverse still knows what it drew
-            log_prob_of(site) if role == "model" else score_parts_of(site)
+            if role == "guide":
+                score_parts_of(site)
+            else:
+                with nullcontext() if model_graph else torch.no_grad():
+                    log_prob_of(site)
     return pair
+
+
+def run_given(
+    model: Callable[..., Any],
+    values: Mapping[str, Tensor],
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    enumerate_from: int | None = None,
+) -> Trace:
+    """Runs the model with latents that are given."""
+    with SetValues(values):
+        trace = poutine.trace(enumerating(model, enumerate_from)).get_trace(*args, **kwargs)
+    return prune_subsample_sites(trace)
+
+
+def enumerating(model: Callable[..., Any], enumerate_from: int | None) -> Callable[..., Any]:
+    """The model with its enumerated sites laid out from a dimension on."""
+    return model if enumerate_from is None else EnumMessenger(enumerate_from)(model)
+
+
+def _require_apart(messenger: GuideMessenger, enumerate_from: int | None, model_graph: bool) -> None:
+    """Raises where model and guide would have to be run apart."""
+    if enumerate_from is not None:
+        raise NotImplementedError(
+            f"expected a guide without enumerated model sites, got {type(messenger).__name__}, which runs model "
+            "and guide together; hide those sites from it with poutine.block, or write the guide as a function"
+        )
+    if not model_graph:
+        raise NotImplementedError(
+            f"SampledBackward needs a model that can be run without its guide, got {type(messenger).__name__}, which "
+            "runs both together; write gradient=DoublyReparameterized(), or the guide as a function"
+        )
 
 
 def require_match(pair: Pair) -> None:
@@ -155,16 +195,6 @@ def require_match(pair: Pair) -> None:
         check_model_guide_match(pair.model, pair.guide, -min(dims, default=0))
 
 
-def log_prob_of(site: Site) -> Tensor:
-    """Unscaled, unmasked log density at the site; an error names the site."""
-    if "unscaled_log_prob" not in site:
-        try:
-            site["unscaled_log_prob"] = site["fn"].log_prob(site["value"], *site["args"], **site["kwargs"])
-        except ValueError as error:
-            raise ValueError(no_density_message(site, error)) from error
-    return site["unscaled_log_prob"]
-
-
 def fill_densities(pair: Pair) -> None:
     """Computes what ``Trace_ELBO`` reads off its traces, and raises where a density is NaN."""
     for role, name, site in pair.sites():
@@ -193,31 +223,3 @@ def require_site_shapes(pair: Pair, max_plate_nesting: Any) -> None:
         for role, _, site in pair.sites():
             log_prob = log_prob_of(site) if role == "model" else score_parts_of(site).log_prob
             check_site_shape({**site, "log_prob": log_prob}, max_plate_nesting)
-
-
-def no_density_message(site: Site, error: Exception) -> str:
-    """What to say of a value that its distribution does not take."""
-    missing = isinstance(site["value"], Tensor) and bool(site["value"].isnan().any())
-    return f"no log density at site '{site['name']}': {error}" + (f"; {MISSING_VALUES}" if missing else "")
-
-
-def nan_message(role: str, name: str) -> str:
-    """What to say of a density that is not a number."""
-    return f"log density is NaN at {role} site '{name}'; look at its parameters and its data. {MISSING_VALUES}"
-
-
-def infinity_message(role: str, name: str) -> str:
-    """What to say of a density that makes a weight infinite."""
-    sign = "+inf" if role == "model" else "-inf at its own draw"
-    return f"log density is {sign} at {role} site '{name}'; a weight cannot be infinite"
-
-
-def score_parts_of(site: Site) -> Any:
-    """Pyro's ScoreParts of a guide site, unscaled; an error names the site."""
-    if "unscaled_score_parts" not in site:
-        try:
-            parts = site["fn"].score_parts(site["value"], *site["args"], **site["kwargs"])
-        except ValueError as error:
-            raise ValueError(no_density_message(site, error)) from error
-        site["unscaled_score_parts"], site["unscaled_log_prob"] = parts, parts.log_prob
-    return site["unscaled_score_parts"]

@@ -17,15 +17,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pyro_iwae.densities import infinity_message, nan_message
 from pyro_iwae.inspection import inspect
+from pyro_iwae.leaves import cut_of
 from pyro_iwae.logweights import LogWeights
 from pyro_iwae.particles import Call, Minibatch, run_particles
 from pyro_iwae.plates import Layout, is_subsampled, latent_sites, own_scale, same_scale
 from pyro_iwae.structure import Structure, StructureCache
-from pyro_iwae.terms import Term, outer_scale, sum_columns, terms_of, weighed_sites
-from pyro_iwae.traces import Pair, infinity_message, nan_message, require_site_shapes
+from pyro_iwae.terms import Term, joined, outer_scale, terms_of, weighed_sites
+from pyro_iwae.traces import Pair, require_site_shapes
 
-__all__ = ["Particles", "subsampling_problem", "weigh", "weigh_particles"]
+__all__ = ["Particles", "constants_of", "subsampling_problem", "weigh", "weigh_particles"]
 
 
 @dataclass(frozen=True)
@@ -50,6 +52,9 @@ def weigh_particles(
     minibatch: Minibatch | None = None,
     values: Mapping[str, Any] | None = None,
     averaged: bool = True,
+    cut: bool = False,
+    model_graph: bool = True,
+    block: int | None = None,
 ) -> Particles:
     """Runs and weighs K particles; model and guide are inspected when they, their sites or their plates are new.
 
@@ -63,6 +68,9 @@ def weigh_particles(
         minibatch: indices that are settled already.
         values: values for latents of the guide, as a run of K particles wants them.
         averaged: whether the K weights are to be averaged; False where each is wanted for itself.
+        cut: whether to cut the guide's reparameterised values from the parameters that made them.
+        model_graph: whether the model is run with a graph, if the guide is.
+        block: at most so many particles in one vectorised run; None is all of them.
     """
     plates = tuple((f.name, f.dim) for f in call.enclosing)
     key = cache.key(call.model, call.guide, plates, vectorize, max_plate_nesting)
@@ -77,7 +85,9 @@ def weigh_particles(
         return structure
 
     def run(structure: Structure) -> list[Pair]:
-        return run_particles(call, num_particles=num_particles, run=structure.run, minibatch=minibatch, values=values)
+        return run_particles(
+            call, num_particles=num_particles, run=structure.run, minibatch=minibatch, values=values, cut=cut
+        )
 
     known = cache.latest(key)
     if known is not None and not known.current:
@@ -104,7 +114,7 @@ def weigh_particles(
     layout = _common_layout(structure, pairs, num_particles)
     if averaged and num_particles > 1:
         require_full_plates(pairs[0], layout)
-    return Particles(weigh(pairs, layout, num_particles), pairs, layout, structure, minibatch)
+    return Particles(weigh(pairs, layout, num_particles, cut=cut), pairs, layout, structure, minibatch)
 
 
 def _common_layout(structure: Structure, pairs: Sequence[Pair], num_particles: int) -> Layout:
@@ -165,35 +175,33 @@ def _same_mask(mask: Tensor, other: Any) -> bool:
     return isinstance(other, Tensor) and bool((mask == other).all())
 
 
-def weigh(pairs: Sequence[Pair], layout: Layout, num_particles: int) -> LogWeights:
+def weigh(pairs: Sequence[Pair], layout: Layout, num_particles: int, *, cut: bool = False) -> LogWeights:
     """Makes the log weights of K particles from one vectorised run or K sequential ones.
+
+    Args:
+        pairs: the runs.
+        layout: where the columns lie.
+        num_particles: K.
+        cut: whether to tell apart the values that were cut.
 
     Raises:
         ValueError: where a weight is NaN or +inf.
     """
     common = outer_scale(pairs[0], layout)
     tables = [terms_of(pair, layout, common) for pair in pairs]
-    blocks = [sum_columns([t for t in table if t.element is not None], layout) for table in tables]
     shape = (num_particles, *(p.size for p in layout.plates))
-
-    def joined(parts: Sequence[Tensor | None]) -> Tensor | None:
-        known = [p for p in parts if p is not None]
-        if not known:
-            return None
-        filled = [torch.zeros_like(known[0]) if p is None else p for p in parts]
-        return (torch.cat(filled) if len(filled) > 1 else filled[0]).expand(shape)
-
-    log_weights, score, score_log_q = (joined([b[i] for b in blocks]) for i in range(3))
-    if log_weights is None:  # a model and guide without any site
-        log_weights = torch.zeros(shape)
+    log_weights = joined([[(t.element, t.value) for t in table] for table in tables], layout, shape)
+    score = joined([[(t.element, t.score) for t in table] for table in tables], layout, shape)
+    score_log_q = joined([[(t.element, t.score_log_q) for t in table] for table in tables], layout, shape)
     weights = LogWeights(
-        log_weights,
+        torch.zeros(shape) if log_weights is None else log_weights,  # a model and guide without any site
         plates=tuple(p.name for p in layout.plates),
         scale=layout.scale * (1.0 if common is None else common),
-        constant=_constants(tables),
+        constant=constants_of(tables),
         tempered=common is None and any(not same_scale(own_scale(s), 1.0) for s in weighed_sites(pairs[0], layout)),
         score=score,
         score_log_q=score_log_q,
+        cut=cut_of(pairs, tables, layout, common, shape) if cut else None,
     )
     if not bool(weights.log_weights.isfinite().all()):
         _explain_infinite(weights, tables)
@@ -231,7 +239,7 @@ def subsampling_problem(pair: Pair, layout: Layout) -> str | None:
     return None
 
 
-def _constants(tables: Sequence[Sequence[Term]]) -> dict[tuple[str, ...], Tensor]:
+def constants_of(tables: Sequence[Sequence[Term]]) -> dict[tuple[str, ...], Tensor]:
     """Constants by plate: scaled, averaged over particles (equal for all, but for a model's own randomness)."""
     constants: dict[tuple[str, ...], Tensor] = {}
     for table in tables:

@@ -20,7 +20,8 @@ from pyro.distributions.testing.rejection_exponential import RejectionExponentia
 from pyro.infer import Trace_ELBO
 
 from pyro_iwae import ImportanceWeightedELBO, exact, gradients
-from pyro_iwae.logweights import LogWeights, Totals
+from pyro_iwae.logweights import LogWeights
+from pyro_iwae.totals import LogMean as Totals
 from tests.noise import Inject, hermite, outcomes, tiled
 from tests.statistics import assert_mean, assert_same_mean
 

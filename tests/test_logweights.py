@@ -11,7 +11,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pyro_iwae.logweights import LogWeights, Totals
+from pyro_iwae.logweights import LogWeights
+from pyro_iwae.totals import LogMean as Totals
 
 INF = math.inf
 COLUMNS = {
@@ -44,7 +45,7 @@ def test_bound_is_log_mean_exp(name):
     expected = brute_log_mean(COLUMNS[name])
     column = column_of(name)
     assert LogWeights(column).bound().item() == pytest.approx(expected, rel=1e-14, abs=1e-14)
-    assert Totals.of(column).log_mean.item() == pytest.approx(expected, rel=1e-14, abs=1e-14)
+    assert Totals.of(column).value.item() == pytest.approx(expected, rel=1e-14, abs=1e-14)
 
 
 @pytest.mark.parametrize("name", COLUMNS)
@@ -52,7 +53,7 @@ def test_log_mean_of_others_is_brute_force(name):
     """Also for the particle that carries nearly all of the weight, where 1 - v is 0 in floating point."""
     values = COLUMNS[name]
     expected = [brute_log_mean(values[:k] + values[k + 1 :]) for k in range(len(values))]
-    got = Totals.of(column_of(name)).log_mean_of_others(column_of(name)).tolist()
+    got = Totals.of(column_of(name)).control(column_of(name), dropped=False).tolist()
     assert got == pytest.approx(expected, rel=1e-12, abs=1e-12)
 
 
@@ -76,7 +77,7 @@ def test_totals_of_blocks_are_those_of_the_whole(name, size):
         assert merged.largest == whole.largest
         torch.testing.assert_close(merged.rest, whole.rest, rtol=1e-13, atol=1e-13)
         torch.testing.assert_close(
-            merged.log_mean_of_others(column), whole.log_mean_of_others(column), rtol=1e-12, atol=1e-12
+            merged.control(column, dropped=False), whole.log_mean_of_others(column), rtol=1e-12, atol=1e-12
         )
 
 
@@ -92,13 +93,13 @@ def test_merge_is_associative_and_commutative(a, b, c):
         assert merged.count == whole.count
         assert torch.equal(merged.largest, whole.largest)
         torch.testing.assert_close(merged.rest, whole.rest, rtol=1e-12, atol=1e-12)
-        torch.testing.assert_close(merged.log_mean, whole.log_mean, rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(merged.value, whole.log_mean, rtol=1e-12, atol=1e-12)
 
 
 @given(block.filter(lambda rows: len(rows) > 1))
 def test_log_mean_of_others_for_random_weights(rows):
     values = torch.tensor(rows, dtype=torch.float64)
-    got = Totals.of(values).log_mean_of_others(values)
+    got = Totals.of(values).control(values, dropped=False)
     for k in range(len(rows)):
         for e in range(2):
             expected = brute_log_mean([row[e] for i, row in enumerate(rows) if i != k])
@@ -108,7 +109,7 @@ def test_log_mean_of_others_for_random_weights(rows):
 def test_totals_hold_no_graph():
     column = torch.randn(4, 3, requires_grad=True)
     totals = Totals.of(column)
-    for value in (totals.largest, totals.rest, totals.log_mean, totals.log_mean_of_others(column)):
+    for value in (totals.largest, totals.rest, totals.value, totals.control(column), dropped=False):
         assert not value.requires_grad
     assert not LogWeights(column).weights.requires_grad
 

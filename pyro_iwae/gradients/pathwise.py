@@ -1,7 +1,7 @@
 # Copyright Contributors to the pyro_iwae project.
 # SPDX-License-Identifier: Apache-2.0
 
-"""Pathwise gradient of the importance weighted bound.
+"""Pathwise gradient: that of the objective itself, with the noise held.
 
 Formula: sum_k v_k d log w_k, with v the normalised weights and d the total derivative.
 Bias: none, for the parameters of the model and for reparameterised guide sites. For other sites it is the
@@ -13,25 +13,22 @@ Reference: "Importance Weighted Autoencoders" (Burda, Grosse, Salakhutdinov 2016
 
 from __future__ import annotations
 
-import math
-
-import torch
-from jaxtyping import Float
-from torch import Tensor
-
-from pyro_iwae.gradients.gradient import Gradient
-from pyro_iwae.logweights import LogWeights, Totals
+from pyro_iwae.gradients.coefficients import Coefficients
+from pyro_iwae.gradients.gradient import PathGradient
+from pyro_iwae.logweights import LogWeights
+from pyro_iwae.totals import Totals
 
 __all__ = ["Pathwise"]
 
 
-class Pathwise(Gradient):
+class Pathwise(PathGradient):
     """The gradient of log-mean-exp itself: sum_k v_k d log w_k.
 
     See "Importance Weighted Autoencoders" (Burda, Grosse, Salakhutdinov 2016, https://arxiv.org/abs/1509.00519).
 
     Example::
 
+        >>> import torch
         >>> weights = LogWeights(torch.zeros(4, 3, requires_grad=True))
         >>> Pathwise().surrogate(weights, weights.totals()).sum().backward()
         >>> weights.log_weights.grad[0]
@@ -41,8 +38,10 @@ class Pathwise(Gradient):
     unbiased = True
     needs = "a reparameterised site"
     reference = "Burda, Grosse, Salakhutdinov 2016, arXiv 1509.00519"
+    cuts = False
 
-    def surrogate(self, weights: LogWeights, totals: Totals) -> Float[Tensor, "*plates"]:
-        """Builds sum_k v_k log w_k; particles of weight 0 are left out."""
-        log_weights = torch.where(weights.log_weights == -math.inf, 0.0, weights.log_weights)  # 0 * -inf is NaN
-        return (weights.share_of(totals) * log_weights).sum(0)
+    def coefficients(self, weights: LogWeights, totals: Totals) -> Coefficients:
+        """v_k for every way."""
+        model = totals.slope(weights.log_weights)
+        guide = model if totals.guide is totals else totals.guide.slope(weights.log_weights)
+        return Coefficients(model=model, path=guide, log_q=guide, score=guide)

@@ -1,10 +1,10 @@
 # Copyright Contributors to the pyro_iwae project.
 # SPDX-License-Identifier: Apache-2.0
 
-"""Score-function gradient with a leave-one-out control, for sites that cannot be reparameterised.
+"""Score function against the mean of the others, for sites that cannot be reparameterised.
 
 Formula: sum_k (Lhat - Lhat_[-k] - v_k) d log q(z_k), with Lhat_[-k] the bound after w_k is replaced by the mean of
-    the K - 1 others. Its ``- v_k`` part is the pathwise estimator's; this file adds the rest. d log q is that of
+    the K - 1 others. Its ``- v_k`` part is the path gradient's; this file adds the rest. d log q is that of
     the unscaled, unmasked log q of *all* such sites of the independent element.
 Bias: none. Lhat_[-k] does not depend on z_k, so it has mean zero against the score; without any control the
     estimator is right too, and far noisier.
@@ -16,23 +16,20 @@ Reference: "Variational inference for Monte Carlo objectives" (Mnih & Rezende 20
 
 from __future__ import annotations
 
-import torch
-from jaxtyping import Float
-from torch import Tensor
-
-from pyro_iwae.gradients.gradient import Gradient
-from pyro_iwae.logweights import LogWeights, Totals
+from pyro_iwae.gradients.gradient import ScoreGradient
 
 __all__ = ["VIMCO"]
 
 
-class VIMCO(Gradient):
+class VIMCO(ScoreGradient):
     """Score function with each particle judged against the mean of the others.
 
     See "Variational inference for Monte Carlo objectives" (Mnih & Rezende 2016, https://arxiv.org/abs/1602.06725).
 
     Example::
 
+        >>> import torch
+        >>> from pyro_iwae import LogWeights
         >>> score = torch.zeros(2, requires_grad=True)
         >>> weights = LogWeights(torch.zeros(2), score=score, score_log_q=torch.zeros(2))
         >>> VIMCO().surrogate(weights, weights.totals()).backward()
@@ -43,14 +40,4 @@ class VIMCO(Gradient):
     unbiased = True
     needs = "nothing"
     reference = "Mnih & Rezende 2016, arXiv 1602.06725"
-
-    def surrogate(self, weights: LogWeights, totals: Totals) -> Float[Tensor, "*plates"]:
-        """Builds sum_k (Lhat - Lhat_[-k]) log q(z_k); 0 where the guide has no such site."""
-        if weights.score is None or weights.score_log_q is None:
-            return torch.zeros_like(totals.largest)
-        if totals.count == 1:
-            coefficient = weights.log_weights.detach().nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
-            return (coefficient * weights.score + weights.score_log_q).sum(0)
-        control = totals.log_mean_of_others(weights.log_weights).nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
-        coefficient = (totals.log_mean - control).nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
-        return (coefficient * weights.score).sum(0)
+    dropped = False

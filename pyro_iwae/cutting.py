@@ -1,0 +1,104 @@
+# Copyright Contributors to the pyro_iwae project.
+# SPDX-License-Identifier: Apache-2.0
+
+"""Cuts the reparameterised values of a guide from the parameters that made them, while it runs.
+
+Each such value is handed on as a *leaf*, the same numbers one node further on in the graph. Model, later guide sites
+and all densities see leaves only. So the derivative at a leaf is that of the densities by z alone, and what it is
+multiplied with on its way back through the value is for the estimator to say.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from pyro.distributions.util import is_identically_zero
+from pyro.poutine import Trace
+from pyro.poutine.messenger import Messenger
+from pyro.poutine.util import site_is_subsample
+from torch import Tensor
+
+from pyro_iwae.drawn import Drawn, settable
+from pyro_iwae.flows import density_at, flow_of
+from pyro_iwae.plates import Site
+
+__all__ = ["CutSite", "CutValues"]
+
+
+@dataclass(frozen=True, eq=False)
+class CutSite:
+    """A value with the graph that made it, and its leaf; whether its density took solving with a flow's Jacobian."""
+
+    value: Tensor
+    leaf: Tensor
+    solved: bool
+
+
+class CutValues(Messenger):
+    """Cuts the guide's values as they are drawn, and keeps the densities there."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sites: dict[str, CutSite] = {}
+        self.parts: dict[str, Any] = {}
+
+    def fill(self, trace: Trace) -> None:
+        """Hands the densities over to the guide's trace."""
+        for name, parts in self.parts.items():
+            if name in trace.nodes:
+                site: Site = trace.nodes[name]
+                site["unscaled_score_parts"], site["unscaled_log_prob"] = parts, parts.log_prob
+
+    def _pyro_post_sample(self, msg: Site) -> None:
+        value = msg["value"]
+        if msg["is_observed"] or site_is_subsample(msg) or not msg["fn"].has_rsample or not value.requires_grad:
+            return
+        if isinstance(msg["fn"], Drawn):
+            raise NotImplementedError(
+                f"expected a guide whose sites draw by themselves, got '{msg['name']}' of a resampled one: the choice "
+                "of a particle has no way through z. Write gradient=Pathwise()"
+            )
+        if not settable(msg):
+            return  # it follows from what comes before it, and adds to the weights as the model does
+        own = value.view_as(value)
+        leaf = own.view_as(own)
+        parts, solved = density_at(msg, leaf)
+        if not is_identically_zero(parts.score_function):
+            return  # drawn by rejection: partly a score-function site, and treated as one
+        require_fixed_support(msg)
+        self.sites[msg["name"]], self.parts[msg["name"]] = CutSite(own, leaf, solved), parts
+        msg["value"] = leaf
+
+
+def require_fixed_support(site: Site) -> None:
+    """Raises where the limits of a distribution move with its parameters: log q does not tell what that does."""
+    if any(limit.requires_grad for limit in _limits(site["fn"])):
+        raise ValueError(
+            f"expected a distribution whose support does not move with its parameters, got {site['fn']} at guide site "
+            f"'{site['name']}': what StickTheLanding and DoublyReparameterized leave out of log q's gradient does not "
+            "have the mean there that they rely on. Write gradient=Pathwise()"
+        )
+
+
+def _limits(fn: Any) -> list[Tensor]:
+    """The finite limits of a distribution's support, as far as they are told."""
+    flow = flow_of(fn)
+    if flow is not None:
+        limits = _limits(flow.base_dist)
+        for transform in flow.transforms:
+            if transform.domain.event_dim > 0:
+                return []
+            limits = [transform(limit) for limit in limits]
+        return [limit for limit in limits if bool(limit.isfinite().all())]
+    while hasattr(fn, "base_dist"):
+        fn = fn.base_dist
+    try:
+        support = fn.support
+    except NotImplementedError:  # a distribution need not tell
+        return []
+    while hasattr(support, "base_constraint"):
+        support = support.base_constraint
+    limits = [getattr(support, name, None) for name in ("lower_bound", "upper_bound")]
+    return [limit if isinstance(limit, Tensor) else torch.tensor(float(limit)) for limit in limits if limit is not None]

@@ -1,0 +1,55 @@
+# Copyright Contributors to the pyro_iwae project.
+# SPDX-License-Identifier: Apache-2.0
+
+"""The log density at a site, as it stands in a trace; an error names the site."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from pyro_iwae.plates import Site
+
+__all__ = ["infinity_message", "log_prob_of", "nan_message", "score_parts_of"]
+
+
+MISSING_VALUES = "For missing values put any valid number in their place, and mask that with poutine.mask"
+
+
+def log_prob_of(site: Site) -> Tensor:
+    """Unscaled, unmasked log density at the site; an error names the site."""
+    if "unscaled_log_prob" not in site:
+        try:
+            site["unscaled_log_prob"] = site["fn"].log_prob(site["value"], *site["args"], **site["kwargs"])
+        except ValueError as error:
+            raise ValueError(no_density_message(site, error)) from error
+    return site["unscaled_log_prob"]
+
+
+def no_density_message(site: Site, error: Exception) -> str:
+    """What to say of a value that its distribution does not take."""
+    missing = isinstance(site["value"], Tensor) and bool(site["value"].isnan().any())
+    return f"no log density at site '{site['name']}': {error}" + (f"; {MISSING_VALUES}" if missing else "")
+
+
+def nan_message(role: str, name: str) -> str:
+    """What to say of a density that is not a number."""
+    return f"log density is NaN at {role} site '{name}'; look at its parameters and its data. {MISSING_VALUES}"
+
+
+def infinity_message(role: str, name: str) -> str:
+    """What to say of a density that makes a weight infinite."""
+    sign = "+inf" if role == "model" else "-inf at its own draw"
+    return f"log density is {sign} at {role} site '{name}'; a weight cannot be infinite"
+
+
+def score_parts_of(site: Site) -> Any:
+    """Pyro's ScoreParts of a guide site, unscaled; an error names the site."""
+    if "unscaled_score_parts" not in site:
+        try:
+            parts = site["fn"].score_parts(site["value"], *site["args"], **site["kwargs"])
+        except ValueError as error:
+            raise ValueError(no_density_message(site, error)) from error
+        site["unscaled_score_parts"], site["unscaled_log_prob"] = parts, parts.log_prob
+    return site["unscaled_score_parts"]

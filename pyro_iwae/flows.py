@@ -1,0 +1,106 @@
+# Copyright Contributors to the pyro_iwae project.
+# SPDX-License-Identifier: Apache-2.0
+
+"""The density of a guide site at its own draw, differentiable by the draw.
+
+A flow remembers what it drew a value from, so that its density there needs no inverse. That density is a constant as
+a function of the value, though: how it changes with z is what the inverse would tell. Where the inverse is fast it is
+asked. Where it is slow or missing (autoregressive flows, planar ones) it is not needed as a whole either: at the draw
+itself the value of the inverse is known, and its derivative is that of the flow, inverted.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from pyro.distributions import TransformedDistribution
+from torch import Tensor
+
+from pyro_iwae.densities import score_parts_of
+from pyro_iwae.plates import Site
+
+__all__ = ["density_at", "flow_of"]
+
+
+def density_at(site: Site, leaf: Tensor) -> tuple[Any, bool]:
+    """Pyro's ScoreParts of a guide site at a leaf that has the value of the site's own draw.
+
+    Args:
+        site: the site, with the very tensor that its distribution returned.
+        leaf: what to be differentiable by.
+
+    Returns:
+        The parts, and whether a flow's inverse was slow or missing, so that its Jacobian was solved with: that takes
+        one backward pass through the flow for each number in an event.
+    """
+    at_leaf = {**site, "value": leaf}
+    flow = flow_of(site["fn"])
+    if flow is None:
+        return score_parts_of(at_leaf), False
+    if not any(getattr(t, "autoregressive", False) for t in flow.transforms):
+        known = [t._cached_x_y for t in flow.transforms if hasattr(t, "_cached_x_y")]
+        try:
+            return score_parts_of(at_leaf), False
+        except (KeyError, NotImplementedError):  # no inverse
+            _restore(flow, known)
+    value = _redrawn(flow, site, leaf)
+    return score_parts_of({**site, "value": value}), True
+
+
+def flow_of(fn: Any) -> TransformedDistribution | None:
+    """The transformed distribution that a site draws from, behind what wraps it; None where it is none."""
+    while not isinstance(fn, torch.distributions.TransformedDistribution):
+        if not hasattr(fn, "base_dist"):
+            return None
+        fn = fn.base_dist
+    return fn
+
+
+def _restore(flow: TransformedDistribution, known: list[Any]) -> None:
+    """What the transforms remembered before they were asked for an inverse that they do not have."""
+    remembering = [t for t in flow.transforms if hasattr(t, "_cached_x_y")]
+    for transform, pair in zip(remembering, known, strict=True):
+        transform._cached_x_y = pair
+
+
+def _redrawn(flow: TransformedDistribution, site: Site, leaf: Tensor) -> Tensor:
+    """The value, drawn again from T^-1(leaf), which the flow then remembers.
+
+    At the draw z = T(e) the inverse is e - J^-1 (T(e) - leaf) to first order, with J the Jacobian of T at e: its
+    value is e, and its derivatives by the leaf and by all that T depends on are those of the inverse.
+    """
+    noise = site["value"]
+    for transform in reversed(flow.transforms):
+        noise = transform.inv(noise)
+    if noise.shape != leaf.shape:
+        raise NotImplementedError(
+            f"expected a flow that keeps the shape of its noise at guide site '{site['name']}', got "
+            f"{tuple(noise.shape)} to {tuple(leaf.shape)}; write gradient=Pathwise()"
+        )
+    noise = noise.detach()
+    events = len(flow.event_shape)
+    jacobian = _jacobian(flow, noise, events)
+    gap = _rows(leaf - _push(flow, noise), events)
+    step = torch.linalg.solve(jacobian, gap.unsqueeze(-1)).squeeze(-1)
+    return _push(flow, noise + step.reshape(noise.shape))
+
+
+def _push(flow: TransformedDistribution, noise: Tensor) -> Tensor:
+    for transform in flow.transforms:
+        noise = transform(noise)
+    return noise
+
+
+def _rows(value: Tensor, events: int) -> Tensor:
+    """Each event as one row."""
+    return value.flatten(-events) if events else value.unsqueeze(-1)
+
+
+def _jacobian(flow: TransformedDistribution, noise: Tensor, events: int) -> Tensor:
+    """dT / de for each event, one backward pass for each of its numbers; detached."""
+    with torch.enable_grad():
+        noise = noise.clone().requires_grad_()
+        image = _rows(_push(flow, noise), events)
+        rows = [torch.autograd.grad(image[..., i].sum(), noise, retain_graph=True)[0] for i in range(image.shape[-1])]
+    return torch.stack([_rows(r, events) for r in rows], -2)

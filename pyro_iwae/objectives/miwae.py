@@ -1,0 +1,139 @@
+# Copyright Contributors to the pyro_iwae project.
+# SPDX-License-Identifier: Apache-2.0
+
+"""Multiply importance weighted: the mean of M bounds.
+
+Formula: (1/M) sum_m log (M/K) sum_{k in group m} w_k, over M groups of K / M particles each. M = 1 is the importance
+    weighted bound, M = K the ELBO. It falls as M grows.
+Bound: its mean is the importance weighted bound of K / M particles; M groups make value and gradient less noisy.
+Reference: "Tighter Variational Bounds Are Not Necessarily Better" (Rainforth, Kosiorek, Le, Maddison, Igl, Wood, Teh
+    2018, https://arxiv.org/abs/1802.04537).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from jaxtyping import Float
+from torch import Tensor
+
+from pyro_iwae.objectives.objective import Objective
+from pyro_iwae.totals import LogMean, Totals
+
+__all__ = ["MIWAE", "Groups", "require_groups"]
+
+
+def require_groups(name: str, groups: int) -> None:
+    """Raises where the number of groups is not a whole number of at least 1."""
+    if isinstance(groups, bool) or not isinstance(groups, int):
+        raise TypeError(f"expected the number of groups of {name} to be a whole number, got {groups!r}")
+    if groups < 1:
+        raise ValueError(f"expected {name} to have at least 1 group, got {groups}")
+
+
+@dataclass(frozen=True)
+class MIWAE(Objective):
+    """The mean of M importance weighted bounds, each of K / M of the particles.
+
+    ``num_particles`` is K, all of them: ``ImportanceWeightedELBO(64, objective=MIWAE(8))`` averages eight bounds of
+    eight particles each.
+
+    See "Tighter Variational Bounds Are Not Necessarily Better" (Rainforth et al. 2018,
+    https://arxiv.org/abs/1802.04537).
+
+    Args:
+        groups: M, which must divide K.
+
+    Raises:
+        TypeError: where it is not a whole number.
+        ValueError: where it is below 1, or does not divide K.
+
+    Example::
+
+        >>> import torch
+        >>> MIWAE(2).totals(torch.tensor([0.0, 1.0, 2.0, 2.0])).value
+        tensor(1.3101)
+    """
+
+    groups: int
+
+    reference = "Rainforth et al. 2018, arXiv 1802.04537"
+
+    def __post_init__(self) -> None:
+        require_groups("MIWAE", self.groups)
+
+    def totals(self, log_weights: Float[Tensor, "particles *plates"]) -> Totals:
+        return Groups.of(log_weights, self.groups)
+
+
+@dataclass(frozen=True, eq=False)
+class Groups(Totals):
+    """The mean of M log-mean-exps, of consecutive particles each.
+
+    Attributes:
+        each: totals of the groups, shape ``(groups, *plates)``.
+        groups: M.
+    """
+
+    each: LogMean
+    groups: int
+
+    @classmethod
+    def of(cls, log_weights: Float[Tensor, "particles *plates"], groups: int) -> Groups:
+        """Totals of all particles.
+
+        Raises:
+            ValueError: where they cannot be divided into so many groups.
+        """
+        count = log_weights.shape[0]
+        if count % groups:
+            raise ValueError(
+                f"expected num_particles to be a multiple of the {groups} groups, got {count}; each group has "
+                "num_particles / groups particles"
+            )
+        return cls(LogMean.of(_split(log_weights, groups)), groups)
+
+    @property
+    def count(self) -> int:  # type: ignore[override]
+        """Particles in each group: with one there is no other to compare with."""
+        return self.each.count
+
+    @property
+    def value(self) -> Float[Tensor, "*plates"]:
+        return self.each.value.mean(0)
+
+    def slope(self, log_weights: Float[Tensor, "particles *plates"]) -> Float[Tensor, "particles *plates"]:
+        return self._of_groups(self.each.slope(self._split(log_weights))) / self.groups
+
+    def curvature(self, log_weights: Float[Tensor, "particles *plates"]) -> Float[Tensor, "particles *plates"]:
+        return self._of_groups(self.each.curvature(self._split(log_weights))) / self.groups
+
+    def control(
+        self, log_weights: Float[Tensor, "particles *plates"], *, dropped: bool
+    ) -> Float[Tensor, "particles *plates"]:
+        raise NotImplementedError("advantage() goes by groups")
+
+    def advantage(
+        self, log_weights: Float[Tensor, "particles *plates"], *, dropped: bool
+    ) -> Float[Tensor, "particles *plates"]:
+        """Only a particle's own group depends on it."""
+        return self._of_groups(self.each.advantage(self._split(log_weights), dropped=dropped)) / self.groups
+
+    def merge(self, other: Totals) -> Totals:
+        raise NotImplementedError("groups of particles cannot be merged: a block does not say which groups it has")
+
+    def _split(self, log_weights: Tensor) -> Tensor:
+        if log_weights.shape[0] != self.groups * self.each.count:
+            raise ValueError(
+                f"expected all {self.groups * self.each.count} particles, got {log_weights.shape[0]}; groups are told "
+                "by position"
+            )
+        return _split(log_weights, self.groups)
+
+    def _of_groups(self, value: Tensor) -> Tensor:
+        return value.transpose(0, 1).flatten(0, 1)
+
+
+def _split(log_weights: Tensor, groups: int) -> Tensor:
+    """(particles, *plates) as (particles of a group, groups, *plates)."""
+    return log_weights.unflatten(0, (groups, -1)).transpose(0, 1)

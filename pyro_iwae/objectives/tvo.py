@@ -1,0 +1,139 @@
+# Copyright Contributors to the pyro_iwae project.
+# SPDX-License-Identifier: Apache-2.0
+
+"""The thermodynamic variational objective: a left Riemann sum along the way from guide to posterior.
+
+Formula: sum_j (beta_{j+1} - beta_j) sum_k v_k^(j) log w_k, where v^(j) are the weights w^beta_j, normalised, and the
+    last beta is 1. The slope of log (1/K) sum_k w_k^beta in beta is sum_k v_k log w_k and grows with beta, so that
+    the sum lies between the ELBO (one interval) and the importance weighted bound (ever finer ones), particle by
+    particle.
+Bound: its mean is a lower bound on the evidence. The gradient here is that of this function of K particles, without
+    bias; the paper's own estimator aims at K = inf.
+Reference: "The Thermodynamic Variational Objective" (Masrani, Le, Wood 2019, https://arxiv.org/abs/1907.00031).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from pyro_iwae.objectives.objective import Objective
+from pyro_iwae.totals import LogMean, Totals
+
+__all__ = ["TVO"]
+
+
+@dataclass(frozen=True)
+class TVO(Objective):
+    """The thermodynamic variational objective, between the ELBO and the importance weighted bound.
+
+    See "The Thermodynamic Variational Objective" (Masrani, Le, Wood 2019, https://arxiv.org/abs/1907.00031).
+
+    Args:
+        betas: left ends of the intervals, rising from 0 and below 1; the last interval ends at 1. ``(0.0,)`` is the
+            ELBO.
+
+    Raises:
+        ValueError: where they are not.
+
+    Example::
+
+        >>> import torch
+        >>> TVO((0.0, 0.5)).totals(torch.tensor([0.0, 1.0])).value
+        tensor(0.5612)
+    """
+
+    betas: Sequence[float]
+
+    reference = "Masrani, Le, Wood 2019, arXiv 1907.00031"
+
+    def __post_init__(self) -> None:
+        betas = tuple(float(b) for b in self.betas)
+        if not betas or betas[0] != 0.0 or not all(a < b for a, b in pairwise((*betas, 1.0))):
+            raise ValueError(f"expected betas that rise from 0 and stay below 1, got {tuple(self.betas)}")
+        object.__setattr__(self, "betas", betas)
+
+    def totals(self, log_weights: Float[Tensor, "particles *plates"]) -> Totals:
+        ends = (*self.betas, 1.0)
+        parts = [_Tilted.of(log_weights, beta) for beta in self.betas]
+        return _Riemann(tuple(b - a for a, b in pairwise(ends)), parts, LogMean.of(log_weights))
+
+
+@dataclass(frozen=True, eq=False)
+class _Tilted:
+    """m = sum_k v_k log w_k with v_k in proportion to w_k^beta, and its derivatives."""
+
+    beta: float
+    log_sum: Tensor
+    mean: Tensor
+
+    @classmethod
+    def of(cls, log_weights: Tensor, beta: float) -> _Tilted:
+        log_weights = log_weights.detach()
+        if beta == 0.0:
+            count = torch.full_like(log_weights[0], float(log_weights.shape[0]))
+            return cls(beta, count.log(), log_weights.mean(0))
+        log_sum = (beta * log_weights).logsumexp(0)
+        finite = torch.where(log_weights == -math.inf, 0.0, log_weights)  # 0 * -inf is NaN
+        mean = ((beta * log_weights - log_sum).exp() * finite).sum(0)
+        return cls(beta, log_sum, torch.where(log_sum == -math.inf, -math.inf, mean))
+
+    def _share_and_pull(self, log_weights: Tensor) -> tuple[Tensor, Tensor]:
+        """v_k, and u_k = 1 + beta (log w_k - m), so that dm / dlog w_k = v_k u_k; 0 for impossible particles."""
+        impossible = log_weights == -math.inf
+        if self.beta == 0.0:
+            share, pull = (-self.log_sum).exp().expand(log_weights.shape), torch.ones_like(log_weights)
+        else:
+            share = (self.beta * log_weights - self.log_sum).exp()
+            pull = 1.0 + self.beta * (log_weights - self.mean)
+        return torch.where(impossible, 0.0, share), torch.where(impossible, 0.0, pull)
+
+    def slope(self, log_weights: Tensor) -> Tensor:
+        share, pull = self._share_and_pull(log_weights)
+        return share * pull
+
+    def curvature(self, log_weights: Tensor) -> Tensor:
+        share, pull = self._share_and_pull(log_weights)
+        return self.beta * share * (pull + 1.0 - 2.0 * share * pull)
+
+
+@dataclass(frozen=True, eq=False)
+class _Riemann(Totals):
+    widths: tuple[float, ...]
+    parts: Sequence[_Tilted]
+    bound: LogMean
+
+    @property
+    def count(self) -> int:  # type: ignore[override]
+        return self.bound.count
+
+    @property
+    def value(self) -> Float[Tensor, "*plates"]:
+        return _sum(width * part.mean for width, part in zip(self.widths, self.parts, strict=True))
+
+    def slope(self, log_weights: Float[Tensor, "particles *plates"]) -> Float[Tensor, "particles *plates"]:
+        log_weights = log_weights.detach()
+        return _sum(width * part.slope(log_weights) for width, part in zip(self.widths, self.parts, strict=True))
+
+    def curvature(self, log_weights: Float[Tensor, "particles *plates"]) -> Float[Tensor, "particles *plates"]:
+        log_weights = log_weights.detach()
+        return _sum(width * part.curvature(log_weights) for width, part in zip(self.widths, self.parts, strict=True))
+
+    def control(
+        self, log_weights: Float[Tensor, "particles *plates"], *, dropped: bool
+    ) -> Float[Tensor, "particles *plates"]:
+        """The importance weighted bound of the others: near to this objective, and free of particle k."""
+        return self.bound.control(log_weights, dropped=False)
+
+    def merge(self, other: Totals) -> Totals:
+        raise NotImplementedError("totals of TVO cannot be merged")
+
+
+def _sum(values: Iterable[Tensor]) -> Tensor:
+    return torch.stack(list(values)).sum(0)

@@ -1,0 +1,170 @@
+# Copyright Contributors to the pyro_iwae project.
+# SPDX-License-Identifier: Apache-2.0
+
+"""What an estimator must know of *all* K particles: the objective's value there, and how it moves with each weight."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+__all__ = ["LogMean", "Mean", "Totals"]
+
+
+class Totals(ABC):
+    """An objective f(log w_1, ..., log w_K) at all K particles, in nats; detached.
+
+    The particles that it is asked about may be a part of the K.
+    """
+
+    count: int
+
+    @property
+    @abstractmethod
+    def value(self) -> Float[Tensor, "*plates"]:
+        """f itself."""
+
+    @abstractmethod
+    def slope(self, log_weights: Float[Tensor, "particles *plates"]) -> Float[Tensor, "particles *plates"]:
+        """df / dlog w_k; 0 for impossible particles."""
+
+    @abstractmethod
+    def curvature(self, log_weights: Float[Tensor, "particles *plates"]) -> Float[Tensor, "particles *plates"]:
+        """d²f / dlog w_k²."""
+
+    @abstractmethod
+    def control(
+        self, log_weights: Float[Tensor, "particles *plates"], *, dropped: bool
+    ) -> Float[Tensor, "particles *plates"]:
+        """f without particle k, which is therefore independent of it, K > 1.
+
+        Args:
+            log_weights: of the particles to be left out, each in turn.
+            dropped: leave the particle out of the sum that f takes the logarithm of; else put the mean of the
+                others in its place.
+        """
+
+    @abstractmethod
+    def merge(self, other: Totals) -> Totals:
+        """Totals of two blocks of particles together; associative and commutative."""
+
+    @property
+    def guide(self) -> Totals:
+        """The objective of the guide's parameters, where it is not that of the model's."""
+        return self
+
+    def advantage(
+        self, log_weights: Float[Tensor, "particles *plates"], *, dropped: bool
+    ) -> Float[Tensor, "particles *plates"]:
+        """f minus its control: what multiplies d log q(z_k). A control that is not finite counts as 0, as it may."""
+        value = self.value.expand(log_weights.shape)
+        if self.count > 1:
+            control = self.control(log_weights.detach(), dropped=dropped)
+            value = value - control.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
+        return value.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
+
+
+@dataclass(frozen=True, eq=False)
+class LogMean(Totals):
+    """log (1/K) sum_k w_k^p, divided by the power p; the importance weighted bound for p = 1.
+
+    The sum is kept in two parts, the largest term and the rest, so that the sum *without* any one particle is exact
+    also for the particle that carries nearly all of the weight.
+
+    Attributes:
+        largest: the largest p log w of each independent element, shape ``(*plates)``.
+        rest: the log-sum-exp of all the others, shape ``(*plates)``.
+        count: K, the number of particles.
+        power: p, not 0.
+    """
+
+    largest: Float[Tensor, "*plates"]
+    rest: Float[Tensor, "*plates"]
+    count: int
+    power: float = 1.0
+
+    @classmethod
+    def of(cls, log_weights: Float[Tensor, "particles *plates"], power: float = 1.0) -> LogMean:
+        """Totals of one block of particles."""
+        terms = log_weights.detach() * power
+        largest, position = terms.max(0, keepdim=True)
+        rest = terms.scatter(0, position, -math.inf).logsumexp(0)
+        return cls(largest.squeeze(0), rest, terms.shape[0], power)
+
+    def merge(self, other: Totals) -> LogMean:
+        if not isinstance(other, LogMean) or other.power != self.power:
+            raise TypeError(f"expected totals of the same objective, got {other}")
+        largest = torch.maximum(self.largest, other.largest)
+        smaller = torch.minimum(self.largest, other.largest)
+        rest = torch.logaddexp(torch.logaddexp(self.rest, other.rest), smaller)
+        return LogMean(largest, rest, self.count + other.count, self.power)
+
+    @property
+    def log_sum(self) -> Float[Tensor, "*plates"]:
+        """Log-sum-exp over all particles."""
+        return torch.logaddexp(self.largest, self.rest)
+
+    @property
+    def value(self) -> Float[Tensor, "*plates"]:
+        return (self.log_sum - math.log(self.count)) / self.power
+
+    def slope(self, log_weights: Float[Tensor, "particles *plates"]) -> Float[Tensor, "particles *plates"]:
+        share = (log_weights.detach() * self.power - self.log_sum).exp()
+        return torch.where(self.largest.isinf(), 0.0, share)
+
+    def curvature(self, log_weights: Float[Tensor, "particles *plates"]) -> Float[Tensor, "particles *plates"]:
+        share = self.slope(log_weights)
+        return self.power * share * (1.0 - share)
+
+    def control(
+        self, log_weights: Float[Tensor, "particles *plates"], *, dropped: bool
+    ) -> Float[Tensor, "particles *plates"]:
+        terms = log_weights * self.power
+        share = (terms - self.log_sum).clamp(max=-math.log(2.0))  # any but the largest has at most half
+        others = self.log_sum + torch.log1p(-share.exp())
+        others = torch.where(terms == self.largest, self.rest, others)
+        return (others - math.log(self.count if dropped else self.count - 1)) / self.power
+
+
+@dataclass(frozen=True, eq=False)
+class Mean(Totals):
+    """(1/K) sum_k log w_k: the ELBO, from K particles.
+
+    Attributes:
+        total: sum of the log weights, shape ``(*plates)``.
+        count: K.
+    """
+
+    total: Float[Tensor, "*plates"]
+    count: int
+
+    @classmethod
+    def of(cls, log_weights: Float[Tensor, "particles *plates"]) -> Mean:
+        """Totals of one block of particles."""
+        return cls(log_weights.detach().sum(0), log_weights.shape[0])
+
+    def merge(self, other: Totals) -> Mean:
+        if not isinstance(other, Mean):
+            raise TypeError(f"expected totals of the same objective, got {other}")
+        return Mean(self.total + other.total, self.count + other.count)
+
+    @property
+    def value(self) -> Float[Tensor, "*plates"]:
+        return self.total / self.count
+
+    def slope(self, log_weights: Float[Tensor, "particles *plates"]) -> Float[Tensor, "particles *plates"]:
+        return torch.where(log_weights.detach() == -math.inf, 0.0, 1.0 / self.count).to(log_weights.dtype)
+
+    def curvature(self, log_weights: Float[Tensor, "particles *plates"]) -> Float[Tensor, "particles *plates"]:
+        return torch.zeros_like(log_weights)
+
+    def control(
+        self, log_weights: Float[Tensor, "particles *plates"], *, dropped: bool
+    ) -> Float[Tensor, "particles *plates"]:
+        """Without particle k the mean is that of the others, dropped or not: there is no logarithm around it."""
+        return (self.total - log_weights) / (self.count - 1)
