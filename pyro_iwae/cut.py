@@ -78,6 +78,6 @@ class Cut:
         if mask is not None and bool(torch.where(mask, 0.0, slope).any()):
             raise ValueError(
                 f"DoublyReparameterized needs the log q of every value that reaches the weights; guide site "
-                f"'{name}' is masked there and reaches them nevertheless. Mask in the model what depends on it, or write "
-                "gradient=Pathwise()"
+                f"'{name}' is masked there and reaches them nevertheless. Mask in the model what depends on it, "
+                "or write gradient=Pathwise()"
             )

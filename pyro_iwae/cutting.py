@@ -100,5 +100,5 @@ def _limits(fn: Any) -> list[Tensor]:
         return []
     while hasattr(support, "base_constraint"):
         support = support.base_constraint
-    limits = [getattr(support, name, None) for name in ("lower_bound", "upper_bound")]
-    return [limit if isinstance(limit, Tensor) else torch.tensor(float(limit)) for limit in limits if limit is not None]
+    found = (getattr(support, name, None) for name in ("lower_bound", "upper_bound"))
+    return [limit if isinstance(limit, Tensor) else torch.tensor(float(limit)) for limit in found if limit is not None]

@@ -302,9 +302,9 @@ def _require_sampled(particles: Particles) -> None:
     names = [n for n, s in latent_sites(particles.pairs[0].guide) if s["infer"].get("enumerate")]
     if names:
         raise NotImplementedError(
-            f"expected a guide without enumerated sites, got {names}: their exact expectation comes from TraceEnum_ELBO, "
-            "whose gradient is the pathwise one. Write gradient=Pathwise(), or take more than one particle to have them "
-            "sampled"
+            f"expected a guide without enumerated sites, got {names}: their exact expectation comes from "
+            "TraceEnum_ELBO, whose gradient is the pathwise one. Write gradient=Pathwise(), or take more than one "
+            "particle to have them sampled"
         )
 
 

@@ -194,11 +194,8 @@ def run_particles(
     pairs = []
     with unchanged_enumeration(), minibatch:
         for row in rows:
-            given = (
-                None if values is None else {n: v[row] if dim is not None else v[row.start] for n, v in values.items()}
-            )
-            plate = particle_plate(row.stop - row.start, dim)
-            pairs.append(once(lambda fn, plate=plate: outside(plate(fn)), given))
+            given = values and {n: v[row.start] if dim is None else v[row] for n, v in values.items()}
+            pairs.append(once(particle_plate(row.stop - row.start, dim, outside), given))
     return pairs
 
 
@@ -215,20 +212,23 @@ def run_model(
         minibatch: the indices to share.
     """
     dim = -run.depth - 1 if run.vectorized else None
-    outside = EnclosingPlates(call.enclosing)
-    rows = [slice(None)] if dim is not None else range(num_particles)
-    traces = []
+    model = particle_plate(num_particles, dim, EnclosingPlates(call.enclosing))(call.model)
+    rows: Sequence[Any] = [slice(None)] if dim is not None else range(num_particles)
     with unchanged_enumeration(), minibatch:
-        for row in rows:
-            around = outside(particle_plate(num_particles, dim)(call.model))
-            given = {n: v[row] for n, v in values.items()}
-            traces.append(run_given(around, given, call.args, call.kwargs, run.enumerate_from(2)))
-    return traces
+        return [
+            run_given(model, {n: v[row] for n, v in values.items()}, call.args, call.kwargs, run.enumerate_from(2))
+            for row in rows
+        ]
 
 
-def particle_plate(size: int, dim: int | None) -> Callable[[Program], Program]:
-    """What puts a program into the particles' plate; nothing where particles run one after the other."""
-    return (lambda fn: fn) if dim is None else ParticlePlate(f"_importance_particles_{-dim}", size, dim=dim)
+def particle_plate(size: int, dim: int | None, outside: EnclosingPlates) -> Callable[[Program], Program]:
+    """What puts a program into the plates around it: the enclosing ones, and the particles' where they run together."""
+
+    def around(fn: Program) -> Program:
+        inner = fn if dim is None else ParticlePlate(f"_importance_particles_{-dim}", size, dim=dim)(fn)
+        return outside(inner)
+
+    return around
 
 
 def _blocks(num_particles: int, block: int | None) -> list[slice]:

@@ -64,7 +64,7 @@ class Totals(ABC):
         """f minus its control: what multiplies d log q(z_k). A control that is not finite counts as 0, as it may."""
         value = self.value.expand(log_weights.shape)
         if self.count > 1:
-            control = self.control(log_weights.detach(), dropped=dropped)
+            control = self.control(log_weights, dropped=dropped)
             value = value - control.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
         return value.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
 
@@ -124,7 +124,7 @@ class LogMean(Totals):
     def control(
         self, log_weights: Float[Tensor, "particles *plates"], *, dropped: bool
     ) -> Float[Tensor, "particles *plates"]:
-        terms = log_weights * self.power
+        terms = log_weights.detach() * self.power
         share = (terms - self.log_sum).clamp(max=-math.log(2.0))  # any but the largest has at most half
         others = self.log_sum + torch.log1p(-share.exp())
         others = torch.where(terms == self.largest, self.rest, others)
@@ -167,4 +167,4 @@ class Mean(Totals):
         self, log_weights: Float[Tensor, "particles *plates"], *, dropped: bool
     ) -> Float[Tensor, "particles *plates"]:
         """Without particle k the mean is that of the others, dropped or not: there is no logarithm around it."""
-        return (self.total - log_weights) / (self.count - 1)
+        return (self.total - log_weights.detach()) / (self.count - 1)

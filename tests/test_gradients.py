@@ -21,7 +21,7 @@ from pyro.infer import Trace_ELBO
 
 from pyro_iwae import ImportanceWeightedELBO, exact, gradients
 from pyro_iwae.logweights import LogWeights
-from pyro_iwae.totals import LogMean as Totals
+from pyro_iwae.totals import LogMean
 from tests.noise import Inject, hermite, outcomes, tiled
 from tests.statistics import assert_mean, assert_same_mean
 
@@ -502,7 +502,7 @@ def test_chunks_under_merged_totals_equal_the_whole(estimator, chunk):
         estimator.surrogate(weights, weights.totals()).sum(), leaves, retain_graph=True, materialize_grads=True
     )
     blocks = [slice(i, i + chunk) for i in range(0, 6, chunk)]
-    totals = reduce(Totals.merge, [Totals.of(weights.log_weights[b]) for b in blocks])
+    totals = reduce(LogMean.merge, [LogMean.of(weights.log_weights[b]) for b in blocks])
     parts = [LogWeights(weights.log_weights[b], ("data",), score=weights.score[b],
                         score_log_q=weights.score_log_q[b]) for b in blocks]  # fmt: skip
     chunked = torch.autograd.grad(

@@ -20,7 +20,7 @@ from pyro.infer.autoguide import AutoMultivariateNormal, AutoNormal
 from pyro.nn import PyroModule
 from pyro.poutine.util import site_is_subsample
 
-from pyro_iwae import VIMCO, ImportanceResampledGuide, ImportanceWeightedELBO, Pathwise
+from pyro_iwae import ImportanceResampledGuide, ImportanceWeightedELBO
 from pyro_iwae.exact import Bernoulli, Gamma, Gaussian
 from tests.statistics import assert_mean, assert_mean_below
 
@@ -34,7 +34,7 @@ def all_in_double(double):
 
 def importance_weighted(num_particles, **options):
     """The ELBO with the estimators that the guide uses."""
-    return ImportanceWeightedELBO(num_particles, gradient=Pathwise(), score=VIMCO(), **options)
+    return ImportanceWeightedELBO(num_particles, **options)
 
 
 def param(name, value):

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pyro_iwae.logweights import LogWeights
-from pyro_iwae.totals import LogMean as Totals
+from pyro_iwae.totals import LogMean
 
 INF = math.inf
 COLUMNS = {
@@ -45,7 +45,7 @@ def test_bound_is_log_mean_exp(name):
     expected = brute_log_mean(COLUMNS[name])
     column = column_of(name)
     assert LogWeights(column).bound().item() == pytest.approx(expected, rel=1e-14, abs=1e-14)
-    assert Totals.of(column).value.item() == pytest.approx(expected, rel=1e-14, abs=1e-14)
+    assert LogMean.of(column).value.item() == pytest.approx(expected, rel=1e-14, abs=1e-14)
 
 
 @pytest.mark.parametrize("name", COLUMNS)
@@ -53,7 +53,7 @@ def test_log_mean_of_others_is_brute_force(name):
     """Also for the particle that carries nearly all of the weight, where 1 - v is 0 in floating point."""
     values = COLUMNS[name]
     expected = [brute_log_mean(values[:k] + values[k + 1 :]) for k in range(len(values))]
-    got = Totals.of(column_of(name)).control(column_of(name), dropped=False).tolist()
+    got = LogMean.of(column_of(name)).control(column_of(name), dropped=False).tolist()
     assert got == pytest.approx(expected, rel=1e-12, abs=1e-12)
 
 
@@ -70,14 +70,14 @@ def test_weights_are_normalised(name):
 @pytest.mark.parametrize("size", [1, 2, 3])
 def test_totals_of_blocks_are_those_of_the_whole(name, size):
     column = column_of(name)
-    whole = Totals.of(column)
-    blocks = [Totals.of(block) for block in column.split(size)]
-    for merged in (reduce(Totals.merge, blocks), reduce(Totals.merge, reversed(blocks))):
+    whole = LogMean.of(column)
+    blocks = [LogMean.of(block) for block in column.split(size)]
+    for merged in (reduce(LogMean.merge, blocks), reduce(LogMean.merge, reversed(blocks))):
         assert merged.count == whole.count == len(column)
         assert merged.largest == whole.largest
         torch.testing.assert_close(merged.rest, whole.rest, rtol=1e-13, atol=1e-13)
         torch.testing.assert_close(
-            merged.control(column, dropped=False), whole.log_mean_of_others(column), rtol=1e-12, atol=1e-12
+            merged.control(column, dropped=False), whole.control(column, dropped=False), rtol=1e-12, atol=1e-12
         )
 
 
@@ -87,19 +87,19 @@ block = st.lists(st.lists(log_weight, min_size=2, max_size=2), min_size=1, max_s
 
 @given(block, block, block)
 def test_merge_is_associative_and_commutative(a, b, c):
-    whole = Totals.of(torch.tensor(a + b + c, dtype=torch.float64))
-    x, y, z = (Totals.of(torch.tensor(part, dtype=torch.float64)) for part in (a, b, c))
+    whole = LogMean.of(torch.tensor(a + b + c, dtype=torch.float64))
+    x, y, z = (LogMean.of(torch.tensor(part, dtype=torch.float64)) for part in (a, b, c))
     for merged in (x.merge(y).merge(z), x.merge(y.merge(z)), z.merge(x).merge(y)):
         assert merged.count == whole.count
         assert torch.equal(merged.largest, whole.largest)
         torch.testing.assert_close(merged.rest, whole.rest, rtol=1e-12, atol=1e-12)
-        torch.testing.assert_close(merged.value, whole.log_mean, rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(merged.value, whole.value, rtol=1e-12, atol=1e-12)
 
 
 @given(block.filter(lambda rows: len(rows) > 1))
 def test_log_mean_of_others_for_random_weights(rows):
     values = torch.tensor(rows, dtype=torch.float64)
-    got = Totals.of(values).control(values, dropped=False)
+    got = LogMean.of(values).control(values, dropped=False)
     for k in range(len(rows)):
         for e in range(2):
             expected = brute_log_mean([row[e] for i, row in enumerate(rows) if i != k])
@@ -108,8 +108,8 @@ def test_log_mean_of_others_for_random_weights(rows):
 
 def test_totals_hold_no_graph():
     column = torch.randn(4, 3, requires_grad=True)
-    totals = Totals.of(column)
-    for value in (totals.largest, totals.rest, totals.value, totals.control(column), dropped=False):
+    totals = LogMean.of(column)
+    for value in (totals.largest, totals.rest, totals.value, totals.control(column, dropped=False)):
         assert not value.requires_grad
     assert not LogWeights(column).weights.requires_grad
 
@@ -155,6 +155,6 @@ def test_shapes_and_names():
 def test_a_share_of_totals_over_more_particles():
     """Chunks: the shares of all chunks under the merged totals are the weights of the whole."""
     column = torch.randn(6, 2, dtype=torch.float64)
-    totals = reduce(Totals.merge, [Totals.of(chunk) for chunk in column.split(2)])
-    shares = torch.cat([LogWeights(chunk).share_of(totals) for chunk in column.split(2)])
+    totals = reduce(LogMean.merge, [LogMean.of(chunk) for chunk in column.split(2)])
+    shares = torch.cat([totals.slope(chunk) for chunk in column.split(2)])
     torch.testing.assert_close(shares, LogWeights(column).weights)

@@ -8,6 +8,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from typing import ClassVar
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -77,7 +78,7 @@ class ScoreGradient(Gradient):
         """
         objective = totals.guide
         if weights.score is None or weights.score_log_q is None:
-            return objective.value * 0.0
+            return torch.zeros_like(objective.value)
         advantage = objective.advantage(weights.log_weights, dropped=self.dropped)
         surrogate = (advantage * weights.score).sum(0)
         if objective.count > 1:
