@@ -17,7 +17,7 @@ from pyro.poutine import Trace
 from torch import Tensor
 
 from pyro_iwae.backward import weigh_drawn
-from pyro_iwae.gradients import OVIS, Coefficients, PathGradient, Pathwise, SampledBackward, ScoreGradient
+from pyro_iwae.gradients import Coefficients, PathGradient, Pathwise, SampledBackward, ScoreGradient, default_score
 from pyro_iwae.logweights import LogWeights
 from pyro_iwae.objectives import Objective
 from pyro_iwae.particles import Call
@@ -26,7 +26,7 @@ from pyro_iwae.state import get_random_state, set_random_state
 from pyro_iwae.structure import StructureCache
 from pyro_iwae.terms import outer_scale, terms_of
 from pyro_iwae.totals import Totals
-from pyro_iwae.traces import fill_densities, require_site_shapes, run_pair
+from pyro_iwae.traces import Recording, fill_densities, require_site_shapes, run_pair
 from pyro_iwae.weighing import Particles, impossible_sites, weigh_particles
 
 __all__ = ["ImportanceWeightedELBO"]
@@ -102,7 +102,8 @@ class ImportanceWeightedELBO(ELBO):
             :class:`PIWAE`, :class:`CIWAE`, :class:`TVO`.
         gradient: estimator for the model and for reparameterised guide sites: :class:`Pathwise` (the default),
             :class:`StickTheLanding`, :class:`DoublyReparameterized`, :class:`SampledBackward`.
-        score: estimator for the other guide sites: :class:`OVIS` (the default), :class:`VIMCO`.
+        score: estimator for the other guide sites, :class:`OVIS` or :class:`VIMCO`; None takes the one that measures
+            better, :class:`OVIS` unless a scale tempers the weights.
 
     Raises:
         TypeError: where an option has the wrong type.
@@ -158,7 +159,7 @@ class ImportanceWeightedELBO(ELBO):
         self.vectorize_particles = vectorize_particles
         self.objective = objective
         self.gradient = Pathwise() if gradient is None else gradient
-        self.score = OVIS() if score is None else score
+        self.score = score
         self._structures = StructureCache()
         if objective is not None:
             objective.totals(torch.zeros(self.num_particles))  # does K suit it?
@@ -226,7 +227,7 @@ class ImportanceWeightedELBO(ELBO):
             _refuse_nan_gradients(particles)
         return torch_item(loss)
 
-    def _draw(self, call: Call, *, cut: bool = False, model_graph: bool = True, block: int | None = None) -> Particles:
+    def _draw(self, call: Call, recording: Recording | None = None) -> Particles:
         require_callables(call.model, call.guide)
         return weigh_particles(
             call,
@@ -235,9 +236,7 @@ class ImportanceWeightedELBO(ELBO):
             vectorize=self.vectorize_particles,
             max_plate_nesting=self.max_plate_nesting,
             warn_of_enumeration=self.strict_enumeration_warning,
-            cut=cut,
-            model_graph=model_graph,
-            block=block,
+            recording=recording,
         )
 
     def _totals(self, weights: LogWeights) -> Totals:
@@ -250,11 +249,11 @@ class ImportanceWeightedELBO(ELBO):
             gradient = gradient.inner
         cut = torch.is_grad_enabled() and (gradient.cuts or (self.objective is not None and self.objective.separates))
         if not isinstance(gradient, SampledBackward):
-            particles = self._draw(call, cut=cut)
+            particles = self._draw(call, Recording(cut=cut))
             weights, totals = particles.weights, self._totals(particles.weights)
             surrogate = gradient.surrogate(weights, totals) if torch.is_grad_enabled() else totals.value
         else:
-            particles = self._draw(call, cut=cut, model_graph=False, block=PARTICLES_PER_DRAW * gradient.draws)
+            particles = self._draw(call, Recording(cut=cut, model=False, block=PARTICLES_PER_DRAW * gradient.draws))
             totals = self._totals(particles.weights)
             coefficients = gradient.coefficients(particles.weights, totals)
             index, count = gradient.draw(coefficients.model)
@@ -262,7 +261,8 @@ class ImportanceWeightedELBO(ELBO):
             surrogate = coefficients.drawn(index, count).surrogate(weights)
         if self.num_particles == 1:
             _require_sampled(particles)
-        surrogate = surrogate + self.score.surrogate(particles.weights, totals)
+        score = default_score(particles.weights) if self.score is None else self.score
+        surrogate = surrogate + score.surrogate(particles.weights, totals)
         return particles, -weights.total(totals.value + (surrogate - surrogate.detach()))
 
     # One particle: Pyro's own estimators, on traces that are checked here.

@@ -21,7 +21,7 @@ from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
 from pyro_iwae.plates import Site, latent_sites, plate_scale
-from pyro_iwae.traces import Pair, run_given, run_pair
+from pyro_iwae.traces import Pair, Recording, run_given, run_pair
 
 __all__ = [
     "Call",
@@ -158,9 +158,7 @@ def run_particles(
     run: Run,
     minibatch: Minibatch,
     values: Mapping[str, Tensor] | None = None,
-    cut: bool = False,
-    model_graph: bool = True,
-    block: int | None = None,
+    recording: Recording | None = None,
 ) -> list[Pair]:
     """Runs K particles: one pair of traces for each block of them if vectorised, else K pairs.
 
@@ -170,9 +168,7 @@ def run_particles(
         run: how.
         minibatch: the indices to share.
         values: values for latents of the guide, each of shape ``(particles, *site shape)``.
-        cut: whether to cut the guide's reparameterised values from the parameters that made them.
-        model_graph: whether the model is run with a graph, if the guide is.
-        block: at most so many particles in one vectorised run; None is all of them.
+        recording: what to record for back-propagation; None is all, and no cut.
     """
     dim = run.particle_dim(num_particles)
 
@@ -185,12 +181,12 @@ def run_particles(
             around=around,
             values=given,
             enumerate_from=run.enumerate_from(num_particles),
-            cut=cut,
-            model_graph=model_graph,
+            recording=recording,
         )
 
     outside = EnclosingPlates(call.enclosing)  # within poutine.replay, as plates must be to broadcast
-    rows = [slice(k, k + 1) for k in range(num_particles)] if dim is None else _blocks(num_particles, block)
+    block = None if recording is None else recording.block
+    rows = _blocks(num_particles, 1 if dim is None else block)
     pairs = []
     with unchanged_enumeration(), minibatch:
         for row in rows:

@@ -28,7 +28,7 @@ from pyro_iwae.cutting import CutSite, CutValues
 from pyro_iwae.densities import infinity_message, log_prob_of, nan_message, score_parts_of
 from pyro_iwae.plates import Site, latent_sites, sample_sites
 
-__all__ = ["Pair", "fill_densities", "run_pair"]
+__all__ = ["Pair", "Recording", "fill_densities", "run_pair"]
 
 
 @dataclass(frozen=True)
@@ -44,6 +44,21 @@ class Pair:
         for role, trace in (("model", self.model), ("guide", self.guide)):
             for name, site in sample_sites(trace):
                 yield role, name, site
+
+
+@dataclass(frozen=True)
+class Recording:
+    """What of a run is recorded for back-propagation.
+
+    Attributes:
+        cut: whether the guide's reparameterised values are cut from the parameters that made them.
+        model: whether the model is run with a graph, if the guide is.
+        block: at most so many particles in one vectorised run; None is all of them.
+    """
+
+    cut: bool = False
+    model: bool = True
+    block: int | None = None
 
 
 class SetValues(Messenger):
@@ -87,8 +102,7 @@ def run_pair(
     values: Mapping[str, Tensor] | None = None,
     enumerate_from: int | None = None,
     matched: bool = True,
-    cut: bool = False,
-    model_graph: bool = True,
+    recording: Recording | None = None,
 ) -> Pair:
     """Runs the guide, then the model replayed on it.
 
@@ -101,21 +115,22 @@ def run_pair(
         values: values that latents of the guide are given in place of a draw.
         enumerate_from: the first free dimension for enumerated model sites; None where there are none.
         matched: whether to raise where the latents of model and guide are not the same.
-        cut: whether to cut the guide's reparameterised values from the parameters that made them.
-        model_graph: whether the model is run with a graph, if the guide is.
+        recording: what to record for back-propagation; None is all, and no cut.
     """
+    recording = Recording() if recording is None else recording
     given = SetValues(values or {})
-    cutting = CutValues() if cut else nullcontext(None)
+    cutting = CutValues() if recording.cut else nullcontext(None)
+    of_model = nullcontext if recording.model else torch.no_grad
     messenger: Any = poutine.unwrap(guide)
     if isinstance(messenger, GuideMessenger):  # runs model and guide together
-        _require_apart(messenger, enumerate_from, model_graph)
+        _require_apart(messenger, enumerate_from, recording)
         with given, cutting as cuts:
             around(guide)(*args, **kwargs)
         model_trace, guide_trace = messenger.get_traces()
     else:
         with given, cutting as cuts:
             guide_trace = poutine.trace(around(guide)).get_trace(*args, **kwargs)
-        with nullcontext() if model_graph else torch.no_grad():
+        with of_model():
             replayed = enumerating(around(model), enumerate_from)
             model_trace = poutine.trace(poutine.replay(replayed, trace=guide_trace)).get_trace(*args, **kwargs)
     pair = Pair(prune_subsample_sites(model_trace), prune_subsample_sites(guide_trace), cuts.sites if cuts else {})
@@ -127,7 +142,7 @@ def run_pair(
             if role == "guide":
                 score_parts_of(site)
             else:
-                with nullcontext() if model_graph else torch.no_grad():
+                with of_model():
                     log_prob_of(site)
     return pair
 
@@ -150,14 +165,14 @@ def enumerating(model: Callable[..., Any], enumerate_from: int | None) -> Callab
     return model if enumerate_from is None else EnumMessenger(enumerate_from)(model)
 
 
-def _require_apart(messenger: GuideMessenger, enumerate_from: int | None, model_graph: bool) -> None:
+def _require_apart(messenger: GuideMessenger, enumerate_from: int | None, recording: Recording) -> None:
     """Raises where model and guide would have to be run apart."""
     if enumerate_from is not None:
         raise NotImplementedError(
             f"expected a guide without enumerated model sites, got {type(messenger).__name__}, which runs model "
             "and guide together; hide those sites from it with poutine.block, or write the guide as a function"
         )
-    if not model_graph:
+    if not recording.model:
         raise NotImplementedError(
             f"SampledBackward needs a model that can be run without its guide, got {type(messenger).__name__}, which "
             "runs both together; write gradient=DoublyReparameterized(), or the guide as a function"

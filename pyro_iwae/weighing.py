@@ -25,7 +25,7 @@ from pyro_iwae.particles import Call, Minibatch, run_particles
 from pyro_iwae.plates import Layout, is_subsampled, latent_sites, own_scale, same_scale
 from pyro_iwae.structure import Structure, StructureCache
 from pyro_iwae.terms import Term, joined, outer_scale, terms_of, weighed_sites
-from pyro_iwae.traces import Pair, require_site_shapes
+from pyro_iwae.traces import Pair, Recording, require_site_shapes
 
 __all__ = ["Particles", "constants_of", "subsampling_problem", "weigh", "weigh_particles"]
 
@@ -52,9 +52,7 @@ def weigh_particles(
     minibatch: Minibatch | None = None,
     values: Mapping[str, Any] | None = None,
     averaged: bool = True,
-    cut: bool = False,
-    model_graph: bool = True,
-    block: int | None = None,
+    recording: Recording | None = None,
 ) -> Particles:
     """Runs and weighs K particles; model and guide are inspected when they, their sites or their plates are new.
 
@@ -68,10 +66,9 @@ def weigh_particles(
         minibatch: indices that are settled already.
         values: values for latents of the guide, as a run of K particles wants them.
         averaged: whether the K weights are to be averaged; False where each is wanted for itself.
-        cut: whether to cut the guide's reparameterised values from the parameters that made them.
-        model_graph: whether the model is run with a graph, if the guide is.
-        block: at most so many particles in one vectorised run; None is all of them.
+        recording: what to record for back-propagation; None is all, and no cut.
     """
+    recording = Recording() if recording is None else recording
     plates = tuple((f.name, f.dim) for f in call.enclosing)
     key = cache.key(call.model, call.guide, plates, vectorize, max_plate_nesting)
     minibatch = Minibatch() if minibatch is None else minibatch
@@ -86,7 +83,12 @@ def weigh_particles(
 
     def run(structure: Structure) -> list[Pair]:
         return run_particles(
-            call, num_particles=num_particles, run=structure.run, minibatch=minibatch, values=values, cut=cut
+            call,
+            num_particles=num_particles,
+            run=structure.run,
+            minibatch=minibatch,
+            values=values,
+            recording=recording,
         )
 
     known = cache.latest(key)
@@ -114,7 +116,7 @@ def weigh_particles(
     layout = _common_layout(structure, pairs, num_particles)
     if averaged and num_particles > 1:
         require_full_plates(pairs[0], layout)
-    return Particles(weigh(pairs, layout, num_particles, cut=cut), pairs, layout, structure, minibatch)
+    return Particles(weigh(pairs, layout, num_particles, cut=recording.cut), pairs, layout, structure, minibatch)
 
 
 def _common_layout(structure: Structure, pairs: Sequence[Pair], num_particles: int) -> Layout:
