@@ -34,6 +34,7 @@ class Cut:
         scale: the one scale that multiplies ``log_q`` inside the weights; None where sites differ in it.
         downstream: a cut site and a score-function site whose law depends on it, if there are such.
         gather: takes a tensor for each value, of its shape, and sums them up by independent element, ``(*plates)``.
+        spread: takes a number for each particle and element, and lays them along each value.
     """
 
     names: tuple[str, ...]
@@ -45,6 +46,25 @@ class Cut:
     scale: float | Tensor | None
     downstream: tuple[str, str] | None
     gather: Callable[[Sequence[Tensor]], Tensor]
+    spread: Callable[[Tensor], list[Tensor]]
+
+    @property
+    def is_flat(self) -> bool:
+        """Whether no value was drawn given another, nor is masked: only densities see leaves then."""
+        if any(mask is not None for mask in self.masks):
+            return False
+        if not self.leaves:
+            return True
+        total = torch.stack([value.sum() for value in self.values]).sum()
+        return all(g is None for g in torch.autograd.grad(total, self.leaves, retain_graph=True, allow_unused=True))
+
+    def multiply_on_the_way_back(self, ratio: Float[Tensor, "particles *plates"]) -> None:
+        """Multiplies all that will come back to the leaves before it goes on through z; once, for flat cuts only.
+
+        What ``through`` gave before is not touched: it goes to the values, not to the leaves.
+        """
+        for leaf, factor in zip(self.leaves, self.spread(ratio), strict=True):
+            leaf.register_hook(factor.mul)
 
     def partial(self, total: Tensor) -> list[Tensor]:
         """Derivatives of a scalar by each leaf, every other leaf and every parameter held; detached."""

@@ -32,7 +32,7 @@ from pyro_iwae.weighing import Particles, impossible_sites, weigh_particles
 __all__ = ["ImportanceWeightedELBO"]
 
 Program = Callable[..., Any]
-PARTICLES_PER_DRAW = 8  # in one pass without a graph, for each particle that will have one
+PARTICLES_PER_PASS = 16  # without a graph; few enough to stay in a CPU's cache, which is what pays there
 
 
 def as_count(name: str, value: Any, *, least: int = 1) -> int:
@@ -253,7 +253,9 @@ class ImportanceWeightedELBO(ELBO):
             weights, totals = particles.weights, self._totals(particles.weights)
             surrogate = gradient.surrogate(weights, totals) if torch.is_grad_enabled() else totals.value
         else:
-            particles = self._draw(call, Recording(cut=cut, model=False, block=PARTICLES_PER_DRAW * gradient.draws))
+            particles = self._draw(
+                call, Recording(cut=cut, model=False, block=max(PARTICLES_PER_PASS, 2 * gradient.draws))
+            )
             totals = self._totals(particles.weights)
             coefficients = gradient.coefficients(particles.weights, totals)
             index, count = gradient.draw(coefficients.model)

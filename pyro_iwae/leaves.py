@@ -50,6 +50,20 @@ def cut_of(
         found = sum_columns(parts, layout)
         return template.new_zeros(shape[1:]) if found is None else found.squeeze(0)
 
+    def spread(columns: Tensor) -> list[Tensor]:
+        """Rows of the particles of each run, laid along its values."""
+        rows = iter(columns.split([_particles(pair, layout) for pair in pairs]))
+        found = []
+        for pair in pairs:
+            row = next(rows)
+            for name, cut_site in pair.cuts.items():
+                site, value = pair.guide.nodes[name], cut_site.value
+                if layout.particle_dim is None:
+                    found.append(layout.align(row, site, value.unsqueeze(0)).squeeze(0))
+                else:
+                    found.append(layout.align(row, site, value))
+        return found
+
     return Cut(
         names=tuple(name for _, name in sites),
         values=tuple(pair.cuts[name].value for pair, name in sites),
@@ -60,6 +74,7 @@ def cut_of(
         scale=_one_scale([inner_scale(site, layout, common) for site in nodes]),
         downstream=next(_downstream(pairs, tables), None),
         gather=gather,
+        spread=spread,
     )
 
 
@@ -71,6 +86,14 @@ def _parts(pair: Pair, table: Sequence[Term], *, cut: bool) -> Iterator[tuple[tu
                 yield term.element, -term.value
         elif not cut:
             yield term.element, term.value if term.score_log_q is None else term.value + term.score_log_q
+
+
+def _particles(pair: Pair, layout: Layout) -> int:
+    """How many particles one run holds."""
+    if layout.particle_dim is None:
+        return 1
+    frames = (f for _, _, s in pair.sites() for f in s["cond_indep_stack"] if f.dim == layout.particle_dim)
+    return next((f.size for f in frames), 1)
 
 
 def _mask(site: Site) -> Tensor | None:

@@ -23,6 +23,7 @@ class Totals(ABC):
     """
 
     count: int
+    rising: bool = True  # f grows with every weight, by slopes that sum to 1
 
     @property
     @abstractmethod
@@ -34,8 +35,14 @@ class Totals(ABC):
         """df / dlog w_k; 0 for impossible particles."""
 
     @abstractmethod
-    def curvature(self, log_weights: Float[Tensor, "particles *plates"]) -> Float[Tensor, "particles *plates"]:
-        """d²f / dlog w_k²."""
+    def double_slope(
+        self, log_weights: Float[Tensor, "particles *plates"], scale: float | Tensor = 1.0
+    ) -> Float[Tensor, "particles *plates"]:
+        """df / dlog w_k - scale d²f / dlog w_k², which is v_k^2 for the importance weighted bound.
+
+        What d log w_k is multiplied with along the ways through z_k, once log q's own dependence on its parameters,
+        which enters log w_k with that scale, is sent there too (doubly reparameterised).
+        """
 
     @abstractmethod
     def control(
@@ -117,9 +124,11 @@ class LogMean(Totals):
         share = (log_weights.detach() * self.power - self.log_sum).exp()
         return torch.where(self.largest.isinf(), 0.0, share)
 
-    def curvature(self, log_weights: Float[Tensor, "particles *plates"]) -> Float[Tensor, "particles *plates"]:
-        share = self.slope(log_weights)
-        return self.power * share * (1.0 - share)
+    def double_slope(
+        self, log_weights: Float[Tensor, "particles *plates"], scale: float | Tensor = 1.0
+    ) -> Float[Tensor, "particles *plates"]:
+        share, scale = self.slope(log_weights), scale * self.power
+        return share * ((1.0 - scale) + scale * share)  # v - s (v - v^2) without cancellation
 
     def control(
         self, log_weights: Float[Tensor, "particles *plates"], *, dropped: bool
@@ -160,8 +169,10 @@ class Mean(Totals):
     def slope(self, log_weights: Float[Tensor, "particles *plates"]) -> Float[Tensor, "particles *plates"]:
         return torch.where(log_weights.detach() == -math.inf, 0.0, 1.0 / self.count).to(log_weights.dtype)
 
-    def curvature(self, log_weights: Float[Tensor, "particles *plates"]) -> Float[Tensor, "particles *plates"]:
-        return torch.zeros_like(log_weights)
+    def double_slope(
+        self, log_weights: Float[Tensor, "particles *plates"], scale: float | Tensor = 1.0
+    ) -> Float[Tensor, "particles *plates"]:
+        return self.slope(log_weights)
 
     def control(
         self, log_weights: Float[Tensor, "particles *plates"], *, dropped: bool

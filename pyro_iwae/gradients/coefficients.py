@@ -26,6 +26,7 @@ class Coefficients:
         path: of log w through the guide's reparameterised values z.
         log_q: of -log q of these sites by their parameters directly, z held; None leaves it out.
         score: of -log q of score-function sites.
+        ratio: ``path`` over ``model``, of all K particles, where that is never large; saves a pass through the model.
         converted: whether ``path`` stands in for what ``log_q`` leaves out, so that nothing may be missing there.
     """
 
@@ -33,6 +34,7 @@ class Coefficients:
     path: Float[Tensor, "particles *plates"]
     log_q: Float[Tensor, "particles *plates"] | None
     score: Float[Tensor, "particles *plates"]
+    ratio: Float[Tensor, "all *plates"] | None = None
     converted: bool = False
 
     def surrogate(self, weights: LogWeights) -> Float[Tensor, "*plates"]:
@@ -51,7 +53,8 @@ class Coefficients:
                 "ImportanceWeightedELBO(gradient=...)"
             )
         surrogate, along = part(self.model, cut.rest), torch.zeros_like(cut.rest)
-        if self.path is not self.model:
+        on_the_way_back = self.ratio is not None and cut.is_flat
+        if self.path is not self.model and not on_the_way_back:
             along = along + part(self.path - self.model, cut.rest)
         if self.log_q is None:
             along = along - part(self.path, cut.log_q)
@@ -63,7 +66,10 @@ class Coefficients:
             surrogate = surrogate - part(self.score, weights.score_log_q)
             if self.path is not self.score:
                 along = along - part(self.path - self.score, weights.score_log_q)
-        return surrogate.sum(0) + cut.through(along.sum(), refuse_masked=self.converted)
+        through = cut.through(along.sum(), refuse_masked=self.converted)
+        if on_the_way_back and self.ratio is not None:
+            cut.multiply_on_the_way_back(self.ratio)
+        return surrogate.sum(0) + through
 
     def drawn(self, index: Tensor, count: Float[Tensor, "draws *plates"]) -> Coefficients:
         """Coefficients of drawn particles, each standing for ``count`` of them.
@@ -81,4 +87,4 @@ class Coefficients:
             return taken[id(coefficient)]
 
         log_q = None if self.log_q is None else take(self.log_q)
-        return Coefficients(take(self.model), take(self.path), log_q, take(self.score), self.converted)
+        return Coefficients(take(self.model), take(self.path), log_q, take(self.score), self.ratio, self.converted)

@@ -15,6 +15,8 @@ Reference: "Doubly Reparameterized Gradient Estimators for Monte Carlo Objective
 
 from __future__ import annotations
 
+import torch
+
 from pyro_iwae.gradients.coefficients import Coefficients
 from pyro_iwae.gradients.gradient import PathGradient
 from pyro_iwae.logweights import LogWeights
@@ -67,5 +69,6 @@ class DoublyReparameterized(PathGradient):
                 f"ones among {sorted(set(weights.cut.names))}; put the same poutine.scale around all of them, or write "
                 "gradient=Pathwise()"
             )
-        path = slope - weights.cut.scale * guide.curvature(weights.log_weights)
-        return Coefficients(model=model, path=path, log_q=None, score=slope, converted=True)
+        path = guide.double_slope(weights.log_weights, weights.cut.scale)
+        ratio = torch.where(slope > 0.0, path / slope, 0.0) if guide is totals and totals.rising else None
+        return Coefficients(model=model, path=path, log_q=None, score=slope, ratio=ratio, converted=True)

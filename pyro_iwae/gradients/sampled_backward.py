@@ -77,10 +77,10 @@ class SampledBackward(PathGradient):
         """The inner estimator's, for all K particles.
 
         Raises:
-            ValueError: where the objective has another part for the guide, or negative slopes, to draw by.
+            ValueError: where the objective has another part for the guide, or slopes that may be negative.
         """
         coefficients = self.inner.coefficients(weights, totals)
-        if totals.guide is not totals or bool((coefficients.model < 0.0).any()):
+        if totals.guide is not totals or not totals.rising:
             raise ValueError(
                 "SampledBackward draws particles by the objective's slopes, which must be the same for model and guide "
                 "and not negative; write gradient=DoublyReparameterized() with this objective"

@@ -77,8 +77,10 @@ class _Mixed(Totals):
     def slope(self, log_weights: Float[Tensor, "particles *plates"]) -> Float[Tensor, "particles *plates"]:
         return self._mix(self.elbo.slope(log_weights), self.bound.slope(log_weights))
 
-    def curvature(self, log_weights: Float[Tensor, "particles *plates"]) -> Float[Tensor, "particles *plates"]:
-        return self._mix(self.elbo.curvature(log_weights), self.bound.curvature(log_weights))
+    def double_slope(
+        self, log_weights: Float[Tensor, "particles *plates"], scale: float | Tensor = 1.0
+    ) -> Float[Tensor, "particles *plates"]:
+        return self._mix(*(part.double_slope(log_weights, scale) for part in (self.elbo, self.bound)))
 
     def control(
         self, log_weights: Float[Tensor, "particles *plates"], *, dropped: bool

@@ -105,8 +105,10 @@ class Groups(Totals):
     def slope(self, log_weights: Float[Tensor, "particles *plates"]) -> Float[Tensor, "particles *plates"]:
         return self._of_groups(self.each.slope(self._split(log_weights))) / self.groups
 
-    def curvature(self, log_weights: Float[Tensor, "particles *plates"]) -> Float[Tensor, "particles *plates"]:
-        return self._of_groups(self.each.curvature(self._split(log_weights))) / self.groups
+    def double_slope(
+        self, log_weights: Float[Tensor, "particles *plates"], scale: float | Tensor = 1.0
+    ) -> Float[Tensor, "particles *plates"]:
+        return self._of_groups(self.each.double_slope(self._split(log_weights), scale)) / self.groups
 
     def control(
         self, log_weights: Float[Tensor, "particles *plates"], *, dropped: bool

@@ -109,6 +109,8 @@ class _Riemann(Totals):
     parts: Sequence[_Tilted]
     bound: LogMean
 
+    rising = False
+
     @property
     def count(self) -> int:  # type: ignore[override]
         return self.bound.count
@@ -121,9 +123,12 @@ class _Riemann(Totals):
         log_weights = log_weights.detach()
         return _sum(width * part.slope(log_weights) for width, part in zip(self.widths, self.parts, strict=True))
 
-    def curvature(self, log_weights: Float[Tensor, "particles *plates"]) -> Float[Tensor, "particles *plates"]:
+    def double_slope(
+        self, log_weights: Float[Tensor, "particles *plates"], scale: float | Tensor = 1.0
+    ) -> Float[Tensor, "particles *plates"]:
         log_weights = log_weights.detach()
-        return _sum(width * part.curvature(log_weights) for width, part in zip(self.widths, self.parts, strict=True))
+        bends = _sum(width * part.curvature(log_weights) for width, part in zip(self.widths, self.parts, strict=True))
+        return self.slope(log_weights) - scale * bends
 
     def control(
         self, log_weights: Float[Tensor, "particles *plates"], *, dropped: bool
