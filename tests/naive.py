@@ -11,6 +11,7 @@ import itertools
 import math
 from dataclasses import dataclass
 
+import pyro.distributions as dist
 import torch
 from pyro import poutine
 from pyro.poutine.messenger import Messenger
@@ -75,8 +76,16 @@ def narrow(value, k, depth, event, own):
     return value.reshape(value.shape[value.dim() - own - event :])
 
 
-def reference(program, tape, num_particles):
-    """Loss, gradient surrogate and bound for the values on the tape."""
+class Refused(Exception):
+    """No unbiased doubly reparameterised gradient is to be had."""
+
+
+def reference(program, tape, num_particles, gradient="pathwise", control="mean"):
+    """Loss, gradient surrogate and bound for the values on the tape.
+
+    ``gradient``: pathwise, sticking ("stick the landing") or double ("doubly reparameterised"); ``control`` of the
+    score function: the mean of the other particles, or the bound with the particle dropped.
+    """
     particles, minibatch = particles_of(program, tape, num_particles)
     independent = program.independent
     prefix = "guide_" if program.renamed else ""
@@ -89,47 +98,97 @@ def reference(program, tape, num_particles):
     weighed = [t for t in runs[0] if inside(t, order) and not t.zero]
     scales = {t.own_scale for t in weighed}
     common = scales.pop() if len(scales) == 1 else None
-    per_element, surrogates = [], []
-    for e in elements:
+
+    def scale_of(t):
+        own = t.own_scale if common is None else 1.0
+        inner = [p for p in program.plates if p.name in t.plates and p not in independent]
+        return own * math.prod(p.size / p.count for p in inner)
+
+    def column(run, e, chosen=lambda t: True):
+        """One particle's log weight at one element."""
         place = dict(zip([p.name for p in order], e, strict=True))
-        log_w, score = [], []
-        for run in runs:
-            total, total_score = torch.zeros(()), torch.zeros(())
-            for t in run:
-                if inside(t, order):
-                    scale = t.own_scale if common is None else 1.0
-                    scale *= math.prod(
-                        p.size / p.count for p in program.plates if p.name in t.plates and p not in independent
-                    )
-                    total = total + t.sign * scale * t.at(place, t.masked)
-                    if t.is_score:
-                        total_score = total_score + t.at(place, t.log_prob)
-            log_w.append(total)
-            score.append(total_score)
-        log_w = torch.stack(log_w)
-        bound = log_w.logsumexp(0) - math.log(num_particles)
-        share = (log_w - log_w.logsumexp(0)).exp().detach()
-        surrogate = (share * log_w).sum()
-        for k in range(num_particles):
-            if num_particles > 1:
-                others = torch.cat([log_w[:k], log_w[k + 1 :]]).detach()
-                control = others.logsumexp(0) - math.log(num_particles - 1)
-                surrogate = surrogate + (bound.detach() - control) * score[k]
-        per_element.append(bound)
-        surrogates.append(surrogate)
+        parts = [t.sign * scale_of(t) * t.at(place, t.masked) for t in run if inside(t, order) and chosen(t)]
+        return sum(parts, start=torch.zeros(()))
+
+    def score_of(run, e):
+        place = dict(zip([p.name for p in order], e, strict=True))
+        parts = [t.at(place, t.log_prob) for t in run if inside(t, order) and t.is_score]
+        return sum(parts, start=torch.zeros(()))
+
+    log_w = torch.stack([torch.stack([column(run, e) for e in elements]) for run in runs])  # (particles, elements)
+    score = torch.stack([torch.stack([score_of(run, e) for e in elements]) for run in runs])
+    bound = log_w.logsumexp(0) - math.log(num_particles)
+    share = log_w.detach().softmax(0)
+    if gradient == "pathwise":
+        surrogate = (share * log_w).sum(0)
+    else:
+        leaves = [{n: v.detach().clone().requires_grad_() for n, v in values.items()} for values in particles]
+        deltas = [label for n in program.joint for label in labels(program, program.site[n])]
+        cut = [{n: v for n, v in values.items() if n not in deltas} for values in leaves]
+        at_leaves = [terms(program, values, indices) for values in cut]
+        for t in itertools.chain(*at_leaves):
+            t.is_cut &= particles[0].get(t.name, torch.zeros(())).requires_grad  # else no parameter lies behind it
+        names = [t.name for t in at_leaves[0] if t.is_cut]
+        if gradient == "double":
+            tempering = {scale_of(t) for t in at_leaves[0] if t.is_cut and inside(t, order)} or {1.0}
+            refuse(at_leaves, cut, names, tempering)
+            path = share - tempering.pop() * (share - share**2)
+        else:
+            path = share
+
+        def weights(chosen=lambda t: True):
+            return torch.stack([torch.stack([column(run, e, chosen) for e in elements]) for run in at_leaves])
+
+        surrogate = (share * weights(lambda t: not t.is_cut)).sum(0)  # leaves end here: no way through z
+        ends = [values[n] for values in cut for n in names]
+        slopes = derivatives((path * weights()).sum(), ends)
+        ways = [values[n] for values in particles for n in names]
+        through = sum(((g * z).sum() for g, z in zip(slopes, ways, strict=True)), start=torch.zeros(()))
+        surrogate = surrogate + through / len(elements)  # only the sum over elements is asked for
+    for k in range(num_particles):
+        others = torch.cat([log_w[:k], log_w[k + 1 :]]).detach().logsumexp(0)
+        without = others - math.log(num_particles - 1 if control == "mean" else num_particles)
+        surrogate = surrogate + (bound.detach() - without) * score[k]
     scale = math.prod(p.size / p.count for p in order) * (1.0 if common is None else common)
     constant = torch.zeros(())
     for t in runs[0]:
         if not inside(t, order):
             plate_scale = math.prod(p.size / p.count for p in program.plates if p.name in t.plates)
             constant = constant + t.own_scale * plate_scale * t.masked.sum()
-    bound = torch.stack(per_element).reshape([p.count for p in order])
     return Reference(
-        loss=-(scale * sum(per_element) + constant).detach(),
-        surrogate=-(scale * sum(surrogates) + constant),
-        bound=bound.detach(),
+        loss=-(scale * bound.sum() + constant).detach(),
+        surrogate=-(scale * surrogate.sum() + constant),
+        bound=bound.detach().reshape([p.count for p in order]),
         plates=[p.name for p in order],
     )
+
+
+def derivatives(total, ends):
+    if not ends or not total.requires_grad:
+        return [torch.zeros_like(end) for end in ends]
+    return torch.autograd.grad(total, ends, allow_unused=True, materialize_grads=True, retain_graph=True)
+
+
+def refuse(runs, cut, names, tempering):
+    """Raises where v_k^2 would be biased."""
+    if len(tempering) > 1:
+        raise Refused("sites differ in scale")
+    for run, values in zip(runs, cut, strict=True):
+        ends = [values[n] for n in names]
+        for t in run:
+            if t.is_score and t.log_prob.requires_grad and ends:
+                if any(
+                    g is not None
+                    for g in torch.autograd.grad(t.log_prob.sum(), ends, allow_unused=True, retain_graph=True)
+                ):
+                    raise Refused("a score-function site depends on a reparameterised one")
+        total = sum((t.sign * t.masked.sum() for t in run), start=torch.zeros(()))
+        for name, slope in zip(names, derivatives(total, ends), strict=True):
+            mask = next(t.mask for t in run if t.name == name and t.is_cut)
+            if mask is not None:
+                counted = mask.reshape(mask.shape + (1,) * (slope.dim() - mask.dim())) if mask.dim() else mask
+                if bool((torch.where(counted, 0.0, slope) != 0.0).any()):
+                    raise Refused("a masked value reaches the weights")
 
 
 @dataclass
@@ -145,6 +204,9 @@ class Summand:
     own_scale: float
     is_score: bool
     zero: bool
+    name: str
+    is_cut: bool  # a guide site with a value of its own, reparameterised
+    mask: torch.Tensor | None
 
     def at(self, place, value):
         """The sum over the part that belongs to one independent element."""
@@ -165,6 +227,7 @@ def terms(program, values, indices):
     with Substitute({**indices, **values}):
         guide = poutine.trace(program.guide).get_trace()
     program.tape.pop()
+    values = values | {site["name"]: site["value"] for site in sampled(guide)}  # what follows from others, too
     coins = {n: None for s in program.observations if s.family == "mixture" for n in labels(program, s)}
     traces = []
     for side in (0.0, 1.0):
@@ -233,4 +296,7 @@ def summand(program, site, sign):
         own_scale=own,
         is_score=sign < 0 and not base.has_rsample,
         zero=False,
+        name=name,
+        is_cut=sign < 0 and base.has_rsample and not isinstance(base, dist.Delta),
+        mask=None if site["mask"] is None else torch.as_tensor(site["mask"]),
     )

@@ -10,8 +10,8 @@ from hypothesis import event, given, note
 from hypothesis import strategies as st
 from pyro.infer import Trace_ELBO, TraceEnum_ELBO
 
-from pyro_iwae import ImportanceWeightedELBO
-from tests.naive import reference
+from pyro_iwae import OVIS, VIMCO, DoublyReparameterized, ImportanceWeightedELBO, Pathwise, StickTheLanding
+from tests.naive import Refused, reference
 from tests.programs import programs
 
 pytestmark = pytest.mark.usefixtures("double")
@@ -34,12 +34,24 @@ def close(a, b):
     torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-9)
 
 
-@given(programs(), st.sampled_from([2, 3]), st.sampled_from([None, True, False]))
-def test_value_and_gradient_equal_the_naive_reference(program, num_particles, vectorize):
+SCORE = {"mean": VIMCO(), "dropped": OVIS()}
+PATH = {"pathwise": Pathwise(), "sticking": StickTheLanding(), "double": DoublyReparameterized()}
+
+
+@given(
+    programs(),
+    st.sampled_from([2, 3]),
+    st.sampled_from([None, True, False]),
+    st.sampled_from(list(PATH)),
+    st.sampled_from(list(SCORE)),
+)
+def test_value_and_gradient_equal_the_naive_reference(program, num_particles, vectorize, path, score):
     note(program)
     pyro.clear_param_store()
     pyro.set_rng_seed(program.seed)
-    elbo = ImportanceWeightedELBO(num_particles=num_particles, vectorize_particles=vectorize)
+    elbo = ImportanceWeightedELBO(
+        num_particles=num_particles, vectorize_particles=vectorize, gradient=PATH[path], score=SCORE[score]
+    )
     if program.is_biased_for_particles:
         event("refused: subsampled plate that is not independent")
         with pytest.raises(ValueError, match=r"subsample|shows 2 of its 3 elements"):
@@ -48,8 +60,24 @@ def test_value_and_gradient_equal_the_naive_reference(program, num_particles, ve
     event(f"independent plates: {len(program.independent)} of {len(program.plates)}")
     elbo.loss(program.model, program.guide)
     runs = num_particles if vectorize is False else 1  # the last ones; coins may need a second look before
-    loss = elbo.differentiable_loss(program.model, program.guide)
-    expected = reference(program, program.tape[-runs:], num_particles)
+    refusal = loss = None
+    try:
+        pyro.set_rng_seed(program.seed + 1)
+        loss = elbo.differentiable_loss(program.model, program.guide)
+    except ValueError as error:
+        assert path == "double" and "DoublyReparameterized needs" in str(error)
+        refusal = error
+    pyro.set_rng_seed(program.seed + 1)  # the same particles again, on a tape that no estimator has touched
+    elbo.log_weights(program.model, program.guide)
+    tape = program.tape[-runs:]
+    try:
+        expected = reference(program, tape, num_particles, path, score)
+    except Refused as reason:
+        event(f"refused: {reason}")
+        assert refusal is not None
+        return
+    assert refusal is None, refusal
+    event(f"{path}, {score}")
     close(loss.detach(), expected.loss)
     expected_gradients = gradients(expected.surrogate)
     for name, gradient in gradients(loss).items():
