@@ -19,6 +19,7 @@ from pyro.poutine import Trace
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
+from torch.distributions import TransformedDistribution
 
 from pyro_iwae.drawn import Drawn, settable
 from pyro_iwae.flows import density_at, flow_of
@@ -85,14 +86,14 @@ def require_fixed_support(site: Site) -> None:
 def _limits(fn: Any) -> list[Tensor]:
     """The finite limits of a distribution's support, as far as they are told."""
     flow = flow_of(fn)
-    if flow is not None:
+    if flow is not None and type(flow).support is TransformedDistribution.support:  # else it says so itself
         limits = _limits(flow.base_dist)
         for transform in flow.transforms:
             if transform.domain.event_dim > 0:
                 return []
-            limits = [transform(limit) for limit in limits]
-        return [limit for limit in limits if bool(limit.isfinite().all())]
-    while hasattr(fn, "base_dist"):
+            limits = [limit for limit in map(transform, limits) if bool(limit.isfinite().all())]
+        return limits
+    while hasattr(fn, "base_dist") and fn is not flow:
         fn = fn.base_dist
     try:
         support = fn.support

@@ -11,6 +11,7 @@ itself the value of the inverse is known, and its derivative is that of the flow
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -38,12 +39,15 @@ def density_at(site: Site, leaf: Tensor) -> tuple[Any, bool]:
     flow = flow_of(site["fn"])
     if flow is None:
         return score_parts_of(at_leaf), False
-    if not any(getattr(t, "autoregressive", False) for t in flow.transforms):
-        known = [t._cached_x_y for t in flow.transforms if hasattr(t, "_cached_x_y")]
+    layers = list(_layers(flow.transforms))
+    if not any(getattr(layer, "autoregressive", False) for layer in layers):
+        remembering = [layer for layer in layers if hasattr(layer, "_cached_x_y")]
+        known = [layer._cached_x_y for layer in remembering]
         try:
             return score_parts_of(at_leaf), False
         except (KeyError, NotImplementedError):  # no inverse
-            _restore(flow, known)
+            for layer, pair in zip(remembering, known, strict=True):
+                layer._cached_x_y = pair  # as before it was asked for what it does not have
     value = _redrawn(flow, site, leaf)
     return score_parts_of({**site, "value": value}), True
 
@@ -57,11 +61,13 @@ def flow_of(fn: Any) -> TransformedDistribution | None:
     return fn
 
 
-def _restore(flow: TransformedDistribution, known: list[Any]) -> None:
-    """What the transforms remembered before they were asked for an inverse that they do not have."""
-    remembering = [t for t in flow.transforms if hasattr(t, "_cached_x_y")]
-    for transform, pair in zip(remembering, known, strict=True):
-        transform._cached_x_y = pair
+def _layers(transforms: Sequence[Any]) -> Iterator[Any]:
+    """The single transforms, those inside a composition too."""
+    for transform in transforms:
+        if isinstance(transform, torch.distributions.ComposeTransform):
+            yield from _layers(transform.parts)
+        else:
+            yield transform
 
 
 def _redrawn(flow: TransformedDistribution, site: Site, leaf: Tensor) -> Tensor:

@@ -90,6 +90,7 @@ class StructureCache:
         self._verdicts: dict[Any, dict[tuple[Any, ...], list[Structure]]] = {}
         self._latest: dict[Any, Structure] = {}
         self.newest: Structure | None = None
+        self.said: set[str] = set()  # what was warned of apart from the verdicts
         self.enumerated: dict[Any, int] = {}  # nesting of the pairs that one particle leaves to TraceEnum_ELBO
 
     def __reduce__(self) -> tuple[type[StructureCache], tuple[()]]:

@@ -18,11 +18,12 @@ import torch
 from torch import Tensor
 
 from pyro_iwae.densities import infinity_message, nan_message
+from pyro_iwae.drawn import settable
 from pyro_iwae.inspection import inspect
 from pyro_iwae.leaves import cut_of
 from pyro_iwae.logweights import LogWeights
 from pyro_iwae.particles import Call, Minibatch, run_particles
-from pyro_iwae.plates import Layout, is_subsampled, latent_sites, own_scale, same_scale
+from pyro_iwae.plates import Layout, Site, is_subsampled, latent_sites, own_scale, same_scale
 from pyro_iwae.structure import Structure, StructureCache
 from pyro_iwae.terms import Term, joined, outer_scale, terms_of, weighed_sites
 from pyro_iwae.traces import Pair, Recording, require_site_shapes
@@ -113,6 +114,8 @@ def weigh_particles(
             pairs = run(structure)
     for pair in pairs:
         require_site_shapes(pair, structure.run.depth + (structure.run.particle_dim(num_particles) is not None))
+    if recording.cut:
+        _announce_cuts(pairs[0], cache.said)
     layout = _common_layout(structure, pairs, num_particles)
     if averaged and num_particles > 1:
         require_full_plates(pairs[0], layout)
@@ -143,6 +146,30 @@ def _announce(structure: Structure, num_particles: int, of_enumeration: bool, kn
         if known is None or message not in known.messages:
             warnings.warn(message, UserWarning, stacklevel=4)
     return replace(structure, messages=tuple(messages))
+
+
+def _announce_cuts(pair: Pair, said: set[str]) -> None:
+    """Warns, once, of what it costs to tell the ways through z apart, and where there is nothing to tell apart."""
+    found = []
+    for name, cut in pair.cuts.items():
+        if cut.solved:
+            site: Site = pair.guide.nodes[name]
+            found.append(
+                f"guide site '{name}' draws from a flow whose inverse is slow or missing: each step solves with its "
+                f"Jacobian, which takes {site['fn'].event_shape.numel()} backward passes through the flow. A coupling "
+                "flow has a fast inverse, gradient=Pathwise() needs none"
+            )
+    direct = [n for n, s in latent_sites(pair.guide) if s["value"].requires_grad and not settable(s)]
+    if direct and not pair.cuts:
+        found.append(
+            f"guide sites {direct} are set by their parameters directly (a Delta, or noise without parameters that a "
+            "Delta bends), so that there is no draw whose log q could be treated apart: StickTheLanding and "
+            "DoublyReparameterized give the pathwise gradient there"
+        )
+    for message in found:
+        if message not in said:
+            said.add(message)
+            warnings.warn(message, UserWarning, stacklevel=4)
 
 
 def enumeration_warnings(pair: Pair) -> list[str]:

@@ -17,7 +17,8 @@ from pyro.poutine.messenger import Messenger
 class Inject(Messenger):
     """Gives latents chosen values, where their batch shape is that of a run with K particles.
 
-    ``values`` go to sites as they are; ``noise`` goes to Gaussian sites as loc + scale * noise, with their graph.
+    ``values`` go to sites as they are; ``noise`` goes to Gaussian sites as loc + scale * noise, with their graph, and
+    on through the transforms of a flow.
     """
 
     def __init__(self, values=None, noise=None):
@@ -30,7 +31,10 @@ class Inject(Messenger):
         if msg["done"] or msg["is_observed"] or chosen is None or msg["fn"].batch_shape != chosen.shape:
             return
         if name in self.noise:
-            value = msg["fn"].loc + msg["fn"].scale * chosen
+            base = getattr(msg["fn"], "base_dist", msg["fn"])
+            value = base.loc + base.scale * chosen
+            for transform in getattr(msg["fn"], "transforms", ()):
+                value = transform(value)
             chosen = value if msg["fn"].has_rsample else value.detach()
         msg["value"], msg["done"] = chosen, True
         self.used.add(name)

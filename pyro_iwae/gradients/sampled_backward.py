@@ -110,6 +110,7 @@ class SampledBackward(PathGradient):
             return _systematic(slopes, 1)
         largest, heaviest = slopes.max(0, keepdim=True)
         index, count = _systematic(slopes.scatter(0, heaviest, 0.0), self.draws - 1)
+        index = torch.where(count > 0.0, index, heaviest)  # an empty place must not hold an impossible particle
         return torch.cat([heaviest, index]), torch.cat([(largest > 0.0).to(slopes.dtype), count])
 
     def __repr__(self) -> str:

@@ -1,0 +1,572 @@
+# Copyright Contributors to the pyro_iwae project.
+# SPDX-License-Identifier: Apache-2.0
+
+"""Ways through z, told apart in every kind of guide; and what cannot be told apart raises."""
+
+import functools
+import math
+
+import pyro
+import pyro.distributions as dist
+import pyro.distributions.transforms as transforms
+import pytest
+import torch
+from pyro import poutine
+from pyro.distributions.testing.rejection_exponential import RejectionExponential
+from pyro.infer import SVI, Trace_ELBO
+from pyro.infer import autoguide as auto
+from pyro.nn import PyroModule, PyroParam, PyroSample
+from torch import nn
+
+from pyro_iwae import (
+    OVIS,
+    PIWAE,
+    VIMCO,
+    DoublyReparameterized,
+    ImportanceResampledGuide,
+    ImportanceWeightedELBO,
+    LogWeights,
+    Pathwise,
+    SampledBackward,
+    StickTheLanding,
+)
+from tests.statistics import assert_same_mean
+from tests.test_autoguides import GUIDES, global_model, local_model, made
+
+pytestmark = pytest.mark.usefixtures("double")
+CUTTING = [StickTheLanding(), DoublyReparameterized()]
+
+
+def parameters():
+    return dict(sorted(pyro.get_param_store().named_parameters()))
+
+
+def gradient_of(loss, params=None):
+    params = parameters() if params is None else params
+    grads = torch.autograd.grad(loss, list(params.values()), allow_unused=True, retain_graph=True)
+    return torch.cat(
+        [(torch.zeros_like(p) if g is None else g).flatten() for p, g in zip(params.values(), grads, strict=True)]
+    )
+
+
+def randomised(seed=0):
+    """Moves all parameters, so that nothing is at its starting point."""
+    generator = torch.Generator().manual_seed(seed)
+    for p in parameters().values():
+        p.data += 0.2 * torch.randn(p.shape, generator=generator)
+
+
+# Guides
+
+FLOWS = [name for name in GUIDES if "Flow" in name or "IAF" in name]
+MESSENGERS = [name for name in GUIDES if "Messenger" in name]
+DIRECT = ["AutoDelta", "AutoStructured", "AutoStructured mvn"]  # parameters reach values without a draw of their own
+REPLAYABLE = [name for name in GUIDES if name not in (*FLOWS, *MESSENGERS, "AutoLaplaceApproximation")]
+
+
+@pytest.mark.parametrize("name", REPLAYABLE)
+@pytest.mark.parametrize("model", [local_model, global_model])
+@pytest.mark.filterwarnings("ignore:.*set by their parameters directly")
+def test_one_particle_leaves_out_what_log_q_itself_gives(name, model):
+    """Sticking the landing minus the pathwise gradient is d log q(z), z held, on the same draw: exactly."""
+    guide = made(name, model)
+    randomised()
+    elbo = ImportanceWeightedELBO(num_particles=1, gradient=StickTheLanding())
+    elbo.differentiable_loss(model, guide)  # inspects
+    pyro.set_rng_seed(5)
+    stuck = gradient_of(elbo.differentiable_loss(model, guide))
+    pyro.set_rng_seed(5)
+    whole = gradient_of(Trace_ELBO().differentiable_loss(model, guide))
+    pyro.set_rng_seed(5)
+    drawn = poutine.trace(guide).get_trace()
+    for site in drawn.nodes.values():
+        if site["type"] == "sample" and not isinstance(base_of(site["fn"]), dist.Delta):
+            site["value"] = site["value"].detach()
+    held = {n: s["value"] for n, s in drawn.nodes.items() if s["type"] == "sample" and not s["value"].requires_grad}
+    with Given(held):
+        again = poutine.trace(guide).get_trace()
+    log_q = sum(
+        s["fn"].log_prob(s["value"]).sum()
+        for n, s in again.nodes.items()
+        if n in held and s["type"] == "sample" and not isinstance(base_of(s["fn"]), dist.Delta)
+    )
+    expected = gradient_of(log_q) if torch.is_tensor(log_q) and log_q.requires_grad else 0.0
+    torch.testing.assert_close(whole - stuck, torch.zeros_like(whole) + expected, rtol=1e-7, atol=1e-9)
+    assert (whole - stuck).abs().max() > 1e-2 if name not in DIRECT else torch.equal(whole, stuck)
+
+
+def base_of(fn):
+    while hasattr(fn, "base_dist") and not isinstance(fn, dist.TransformedDistribution):
+        fn = fn.base_dist
+    return fn
+
+
+class Given(poutine.messenger.Messenger):
+    def __init__(self, values):
+        super().__init__()
+        self.values = values
+
+    def _pyro_sample(self, msg):
+        if msg["name"] in self.values and not msg["is_observed"]:
+            msg["value"], msg["done"] = self.values[msg["name"]], True
+
+
+@pytest.mark.parametrize("name", [*FLOWS, *MESSENGERS, "AutoGuideList", "AutoStructured"])
+@pytest.mark.filterwarnings("ignore:.*Jacobian", "ignore:.*set by their parameters directly")
+def test_means_agree_for_guides_of_every_kind(name):
+    """Doubly reparameterised and pathwise, two particles, noise of their own."""
+    model = global_model
+    guide = made(name, model)
+    randomised()
+    grads = []
+    for gradient in (Pathwise(), DoublyReparameterized()):
+        elbo = ImportanceWeightedELBO(num_particles=2, gradient=gradient)
+        params = parameters()
+        chosen = torch.randn(7, sum(p.numel() for p in params.values()), generator=torch.Generator().manual_seed(1))
+        rows = [chosen @ gradient_of(elbo.differentiable_loss(model, guide)) for _ in range(250)]
+        grads.append(torch.stack(rows))
+    assert_same_mean(*grads)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        functools.partial(transforms.planar, 3),
+        functools.partial(transforms.affine_autoregressive, 3, hidden_dims=[8]),
+        functools.partial(transforms.spline_autoregressive, 3, hidden_dims=[8]),
+        functools.partial(transforms.block_autoregressive, 3, hidden_factors=[4]),
+        functools.partial(transforms.affine_coupling, 3, hidden_dims=[8]),
+        functools.partial(transforms.spline_coupling, 3, hidden_dims=[8]),
+        functools.partial(transforms.householder, 3),
+    ],
+    ids=lambda make: make.func.__name__,
+)
+@pytest.mark.filterwarnings("ignore:.*Jacobian")
+def test_the_posterior_as_a_flow_has_no_gradient(make):
+    """The model's prior is the guide itself, so that every weight is 1: no noise in any parameter of the flow."""
+    pyro.set_rng_seed(3)
+    flow = make()
+    frozen = make()
+    frozen.load_state_dict(flow.state_dict())
+    frozen.requires_grad_(False)
+
+    def law(transform):
+        base = dist.Normal(torch.zeros(3), WIDTHS).to_event(1)
+        return dist.TransformedDistribution(base, [transform, transforms.AffineTransform(0.5, 2.0, cache_size=1)])
+
+    class Same(dist.TorchDistribution):
+        """Density by the flow's own, at the very value that was drawn: no inverse is needed."""
+
+        arg_constraints, support, has_rsample = {}, dist.constraints.real_vector, True
+
+        def __init__(self):
+            super().__init__((), (3,))
+
+        def expand(self, shape, _instance=None):
+            return self
+
+        def log_prob(self, value):
+            return inverse_by_newton(frozen, (value - 0.5) / 2.0) - 3.0 * math.log(2.0)
+
+        def rsample(self, shape=()):
+            return law(frozen).rsample(shape)
+
+    def model():
+        pyro.sample("z", Same())
+
+    def guide():
+        pyro.module("flow", flow)
+        pyro.sample("z", law(flow))
+
+    for gradient in CUTTING:
+        elbo = ImportanceWeightedELBO(num_particles=3, gradient=gradient, vectorize_particles=False)
+        loss = elbo.differentiable_loss(model, guide)
+        assert loss.item() == pytest.approx(0.0, abs=1e-7)
+        grads = torch.autograd.grad(loss, list(flow.parameters()), allow_unused=True)
+        assert max(g.abs().max().item() for g in grads if g is not None) < 1e-6
+    pathwise = ImportanceWeightedELBO(num_particles=3, vectorize_particles=False).differentiable_loss(model, guide)
+    grads = torch.autograd.grad(pathwise, list(flow.parameters()), allow_unused=True)
+    assert max(g.abs().max().item() for g in grads if g is not None) > 1e-3
+
+
+WIDTHS = torch.tensor([0.6, 1.0, 1.7], dtype=torch.float64)
+
+
+def inverse_by_newton(flow, y):
+    """log density at y of a normal pushed through a flow, differentiable by y."""
+    x = y.detach().clone()
+    for _ in range(100):
+        jacobian = torch.autograd.functional.jacobian(flow._call, x)
+        x = x - torch.linalg.solve(jacobian, flow._call(x) - y.detach())
+    jacobian = torch.autograd.functional.jacobian(flow._call, x).detach()
+    x = x + torch.linalg.solve(jacobian, y - flow._call(x).detach())
+    image = flow(x)
+    return dist.Normal(0.0, WIDTHS).log_prob(x).sum() - flow.log_abs_det_jacobian(x, image).sum()
+
+
+@pytest.mark.parametrize("gradient", CUTTING, ids=repr)
+def test_a_slow_inverse_is_said_once(gradient):
+    guide = made("AutoIAFNormal", global_model)
+    elbo = ImportanceWeightedELBO(num_particles=2, gradient=gradient)
+    with pytest.warns(UserWarning, match=r"'_AutoIAFNormal_latent'.*6 backward passes.*Pathwise"):
+        elbo.loss_and_grads(global_model, guide)
+    elbo.loss_and_grads(global_model, guide)  # warnings are errors here
+    ImportanceWeightedELBO(num_particles=2).loss_and_grads(global_model, guide)
+    quiet = made("AutoMultivariateNormal", global_model)
+    ImportanceWeightedELBO(num_particles=2, gradient=gradient).loss_and_grads(global_model, quiet)
+
+
+@pytest.mark.parametrize("name", DIRECT)
+def test_nothing_to_cut_is_said_once(name):
+    """Sites that parameters reach directly: the gradient is the pathwise one, and no less right."""
+    guide = made(name, global_model)
+    elbo = ImportanceWeightedELBO(num_particles=2, gradient=DoublyReparameterized())
+    with pytest.warns(UserWarning, match="set by their parameters directly"):
+        elbo.loss_and_grads(global_model, guide)
+    elbo.loss_and_grads(global_model, guide)
+
+
+def test_where_parameters_may_live():
+    """pyro.param, pyro.module, PyroModule: one and the same gradient."""
+    data = torch.tensor([0.5, -1.0, 2.0])
+
+    def model():
+        with pyro.plate("data", 3):
+            z = pyro.sample("z", dist.Normal(torch.zeros(3), 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=data)
+
+    def by_param():
+        loc = pyro.param("loc", torch.full((3,), 0.3))
+        scale = pyro.param("scale", torch.tensor(0.7), constraint=dist.constraints.positive)
+        with pyro.plate("data", 3):
+            pyro.sample("z", dist.Normal(loc, scale))
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.loc = nn.Parameter(torch.full((3,), 0.3))
+            self.log_scale = nn.Parameter(torch.tensor(0.7).log())
+
+    net = Net()
+
+    def by_module():
+        pyro.module("net", net)
+        with pyro.plate("data", 3):
+            pyro.sample("z", dist.Normal(net.loc, net.log_scale.exp()))
+
+    class Guide(PyroModule):
+        def __init__(self):
+            super().__init__()
+            self.loc = PyroParam(torch.full((3,), 0.3))
+            self.scale = PyroParam(torch.tensor(0.7), dist.constraints.positive)
+
+        def forward(self):
+            with pyro.plate("data", 3):
+                pyro.sample("z", dist.Normal(self.loc, self.scale))
+
+    class Sampled(PyroModule):
+        """The latent is an attribute."""
+
+        def __init__(self):
+            super().__init__()
+            self.loc = PyroParam(torch.full((3,), 0.3))
+            self.scale = PyroParam(torch.tensor(0.7), dist.constraints.positive)
+
+        @PyroSample
+        def z(self):
+            return dist.Normal(self.loc, self.scale)
+
+        def forward(self):
+            with pyro.plate("data", 3):
+                return self.z
+
+    for gradient in CUTTING:
+        found = []
+        for guide in (by_param, by_module, Guide(), Sampled()):
+            pyro.clear_param_store()
+            elbo = ImportanceWeightedELBO(num_particles=4, gradient=gradient)
+            elbo.loss(model, guide)
+            pyro.set_rng_seed(1)
+            loss = elbo.differentiable_loss(model, guide)
+            found.append(gradient_of(loss))
+        for other in found[1:]:
+            torch.testing.assert_close(other, found[0])
+
+
+@pytest.mark.filterwarnings("ignore:BatchNorm1d in training mode")
+def test_dropout_and_batch_norm_in_the_guide():
+    """The guide runs once, so that z and log q have one and the same mask."""
+    data = torch.randn(8, 4)
+    encoder = nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6), nn.Dropout(0.5), nn.Linear(6, 1))
+
+    def model():
+        with pyro.plate("data", 8):
+            z = pyro.sample("z", dist.Normal(torch.zeros(8), 1.0))
+            pyro.sample("x", dist.Normal(z.unsqueeze(-1), 1.0).to_event(1), obs=data)
+
+    def guide():
+        pyro.module("encoder", encoder)
+        loc = encoder(data).squeeze(-1)
+        with pyro.plate("data", 8):
+            pyro.sample("z", dist.Normal(loc, 0.5))
+
+    elbos = [ImportanceWeightedELBO(3, gradient=g) for g in (Pathwise(), *CUTTING, SampledBackward(3))]
+    values = []
+    for elbo in elbos:
+        elbo.loss(model, guide)
+        encoder[1].reset_running_stats()
+        pyro.set_rng_seed(9)
+        values.append((elbo.loss_and_grads(model, guide), encoder[1].num_batches_tracked.item()))
+    assert values == [(pytest.approx(values[0][0]), 1)] * 4
+
+
+def test_the_same_seed_gives_the_same_particles_under_every_gradient():
+    def guide():
+        loc = pyro.param("loc", torch.tensor(0.2))
+        with pyro.plate("data", 3):
+            pyro.sample("z", dist.Normal(loc, 0.8))
+
+    losses = []
+    for gradient in (Pathwise(), *CUTTING, SampledBackward(2)):
+        elbo = ImportanceWeightedELBO(6, gradient=gradient)
+        elbo.loss(local_model, guide)
+        pyro.set_rng_seed(4)
+        losses.append(elbo.loss_and_grads(local_model, guide))
+    assert losses == [pytest.approx(losses[0])] * 4
+
+
+def test_no_cut_without_gradients():
+    elbo = ImportanceWeightedELBO(6, gradient=DoublyReparameterized())
+    guide = made("AutoNormal", local_model)
+    with torch.no_grad():
+        assert not elbo.differentiable_loss(local_model, guide).requires_grad
+    assert elbo.log_weights(local_model, guide).cut is None
+
+
+def test_a_graph_can_be_used_twice():
+    """retain_graph, and both autograd.grad and backward."""
+    guide = made("AutoNormal", local_model)
+    elbo = ImportanceWeightedELBO(6, gradient=DoublyReparameterized(), retain_graph=True)
+    loss = elbo.differentiable_loss(local_model, guide)
+    first, second = gradient_of(loss), gradient_of(loss)
+    torch.testing.assert_close(first, second)
+
+
+@pytest.mark.parametrize("gradient", [*CUTTING, SampledBackward(3)], ids=repr)
+def test_training_with_svi(gradient):
+    """Ends at the posterior of a conjugate model."""
+    data = torch.tensor([0.5, -1.0, 2.0])
+    guide = auto.AutoNormal(local_model)
+    svi = SVI(local_model, guide, pyro.optim.Adam({"lr": 0.05}), ImportanceWeightedELBO(8, gradient=gradient))
+    for _ in range(400):
+        svi.step()
+    # For K > 1 any guide near the posterior is nearly optimal; sticking the landing is exact there.
+    posterior = ImportanceResampledGuide(local_model, guide, num_particles=200)
+    torch.testing.assert_close(guide.median()["z"], data / 2.0, atol=0.15, rtol=0.0)
+    assert posterior.elbo_interval().lower.sum() <= dist.Normal(0.0, 2**0.5).log_prob(data).sum() + 0.05
+
+
+# One particle
+
+
+@pytest.mark.parametrize("gradient", CUTTING, ids=repr)
+def test_one_particle_with_score_sites(gradient):
+    """K = 1 has the mean gradient of Trace_ELBO, and less noise where the guide is reparameterised."""
+    n = 40_000
+
+    def gradients(elbo):
+        logit, loc = (torch.full((n,), v, requires_grad=True) for v in (0.4, 0.2))
+
+        def model():
+            with pyro.plate("copies", n):
+                b = pyro.sample("b", dist.Bernoulli(torch.tensor(0.4)))
+                z = pyro.sample("z", dist.Normal(b, 1.0))
+                pyro.sample("x", dist.Normal(z, 1.0), obs=torch.tensor(1.2))
+
+        def guide():
+            with pyro.plate("copies", n):
+                b = pyro.sample("b", dist.Bernoulli(logits=logit))
+                pyro.sample("z", dist.Normal(loc + b, 0.9))
+
+        return torch.stack(torch.autograd.grad(elbo.differentiable_loss(model, guide), [logit, loc]), -1)
+
+    assert_same_mean(gradients(ImportanceWeightedELBO(1, gradient=gradient)), gradients(Trace_ELBO()))
+
+
+@pytest.mark.parametrize("gradient", CUTTING, ids=repr)
+def test_one_particle_with_an_enumerated_guide_site_raises(gradient):
+    def model():
+        pyro.sample("b", dist.Bernoulli(torch.tensor(0.4)))
+
+    def guide():
+        logit = pyro.param("logit", torch.tensor(0.2))
+        pyro.sample("b", dist.Bernoulli(logits=logit), infer={"enumerate": "parallel"})
+
+    with pytest.raises(NotImplementedError, match=r"\['b'\].*TraceEnum_ELBO.*Pathwise"):
+        ImportanceWeightedELBO(1, gradient=gradient).loss_and_grads(model, guide)
+    elbo = ImportanceWeightedELBO(3, gradient=gradient, strict_enumeration_warning=False)
+    assert math.isfinite(elbo.loss_and_grads(model, guide))  # sampled
+
+
+def test_guide_enumerated_sites_are_exact_at_one_particle_and_sampled_above():
+    n = 20_000
+    logits = torch.full((n,), 0.5, requires_grad=True)
+
+    def model():
+        with pyro.plate("copies", n):
+            z = pyro.sample("z", dist.Bernoulli(torch.tensor(0.3)))
+            pyro.sample("x", dist.Normal(3.0 * z, 1.0), obs=torch.tensor(2.0))
+
+    def guide():
+        with pyro.plate("copies", n):
+            pyro.sample("z", dist.Bernoulli(logits=logits), infer={"enumerate": "parallel"})
+
+    (exact,) = torch.autograd.grad(ImportanceWeightedELBO(1).differentiable_loss(model, guide), logits)
+    assert exact.std() < 1e-12  # no noise
+    for score in (VIMCO(), OVIS(), None):
+        elbo = ImportanceWeightedELBO(5, score=score, strict_enumeration_warning=False)
+        (sampled,) = torch.autograd.grad(-elbo.differentiable_loss(model, guide), logits)
+        assert sampled.std() > 1e-3
+        z = (sampled.mean() - 0.0069682) / (sampled.std() / n**0.5)
+        assert abs(z) < 5.5
+
+
+# What cannot be right raises
+
+
+def loss_of(model, guide, gradient, num_particles=3, **options):
+    return ImportanceWeightedELBO(num_particles, gradient=gradient, **options).differentiable_loss(model, guide)
+
+
+def plain_model(fn):
+    def model():
+        pyro.sample("z", fn)
+
+    return model
+
+
+@pytest.mark.parametrize("gradient", CUTTING, ids=repr)
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda a: dist.Uniform(torch.tensor(0.0), a),
+        lambda a: dist.Uniform(torch.zeros(2), a.expand(2)).to_event(1),
+        lambda a: dist.TransformedDistribution(
+            dist.Uniform(torch.tensor(0.0), 1.0), [transforms.AffineTransform(torch.tensor(0.0), a)]
+        ),
+        lambda a: dist.Pareto(a, torch.tensor(2.0)),
+    ],
+    ids=["Uniform", "two Uniforms", "a scaled Uniform", "Pareto"],
+)
+def test_a_support_that_moves_raises(gradient, make):
+    a = torch.tensor(0.9, requires_grad=True)
+    shape = make(a).event_shape
+    model = plain_model(dist.Normal(torch.zeros(shape), 1.0).to_event(len(shape)))
+
+    def guide():
+        pyro.sample("z", make(a))
+
+    with pytest.raises(ValueError, match=r"support does not move.*site 'z'.*Pathwise"):
+        loss_of(model, guide, gradient)
+    assert loss_of(model, guide, Pathwise()).requires_grad
+
+
+@pytest.mark.parametrize("gradient", CUTTING, ids=repr)
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda a: dist.Gamma(a, a),
+        lambda a: dist.LogNormal(a, 0.5),
+        lambda a: dist.Beta(a, 1.0),
+        lambda a: dist.TransformedDistribution(dist.Beta(a, 1.0), [transforms.SigmoidTransform().inv]),
+        lambda a: dist.Kumaraswamy(a, torch.tensor(1.5)),
+    ],
+    ids=["Gamma", "LogNormal", "Beta", "logit of Beta", "Kumaraswamy"],
+)
+def test_a_support_that_stays_does_not_raise(gradient, make):
+    a = torch.tensor(0.9, requires_grad=True)
+
+    def guide():
+        pyro.sample("z", make(a))
+
+    loss = loss_of(guide_as_model(make), guide, gradient)
+    assert bool(torch.autograd.grad(loss, a)[0].isfinite())
+
+
+def guide_as_model(make):
+    return plain_model(make(torch.tensor(1.1)))
+
+
+def test_a_sampler_by_rejection_is_left_to_the_pathwise_and_score_parts():
+    rate = torch.tensor(1.3, requires_grad=True)
+    model = plain_model(dist.Exponential(torch.tensor(2.0)))
+
+    def guide():
+        pyro.sample("z", RejectionExponential(rate, torch.tensor(0.5)))
+
+    grads = []
+    for gradient in (Pathwise(), DoublyReparameterized()):
+        pyro.set_rng_seed(2)
+        elbo = ImportanceWeightedELBO(4, gradient=gradient, vectorize_particles=False)
+        grads.append(torch.autograd.grad(elbo.differentiable_loss(model, guide), rate)[0])
+    torch.testing.assert_close(grads[0], grads[1])
+
+
+@pytest.mark.parametrize("gradient", CUTTING, ids=repr)
+def test_a_resampled_guide_raises(gradient):
+    posterior = ImportanceResampledGuide(local_model, made("AutoNormal", local_model), num_particles=3)
+    with pytest.raises(NotImplementedError, match=r"'z' of a resampled one.*Pathwise"):
+        loss_of(local_model, posterior, gradient)
+
+
+def gaussian_chain(scales=(1.0, 1.0), masks=(True, True), observed=True):
+    """Two latents in model and guide alike, each with its own scale and mask."""
+    log_scale = torch.zeros((), requires_grad=True)
+
+    def model():
+        with poutine.scale(scale=scales[0]), poutine.mask(mask=torch.tensor(masks[0])):
+            a = pyro.sample("a", dist.Normal(torch.tensor(0.0), 1.0))
+        with poutine.scale(scale=scales[1]), poutine.mask(mask=torch.tensor(masks[1])):
+            b = pyro.sample("b", dist.Normal(a, 1.0))
+        mean = a + b if observed else a
+        pyro.sample("x", dist.Normal(mean, 1.0), obs=torch.tensor(0.7))
+
+    def guide():
+        with poutine.scale(scale=scales[0]), poutine.mask(mask=torch.tensor(masks[0])):
+            pyro.sample("a", dist.Normal(torch.tensor(0.2), log_scale.exp()))
+        with poutine.scale(scale=scales[1]), poutine.mask(mask=torch.tensor(masks[1])):
+            pyro.sample("b", dist.Normal(torch.tensor(0.3), log_scale.exp()))
+
+    return model, guide, log_scale
+
+
+def test_scales_that_differ_raise():
+    model, guide, _ = gaussian_chain(scales=(0.5, 0.25))
+    with pytest.raises(ValueError, match=r"one scale for log q.*'a', 'b'"):
+        loss_of(model, guide, DoublyReparameterized())
+    loss_of(model, guide, StickTheLanding())
+    loss_of(model, guide, DoublyReparameterized(), num_particles=1)
+    model, guide, _ = gaussian_chain(scales=(0.5, 0.5))
+    loss_of(model, guide, DoublyReparameterized())
+
+
+def test_a_masked_value_that_reaches_the_weights_raises():
+    model, guide, _ = gaussian_chain(masks=(True, False))
+    with pytest.raises(ValueError, match=r"site 'b' is masked there and reaches them.*Pathwise"):
+        loss_of(model, guide, DoublyReparameterized())
+    model, guide, log_scale = gaussian_chain(masks=(True, False), observed=False)
+    loss = loss_of(model, guide, DoublyReparameterized())
+    assert bool(torch.autograd.grad(loss, log_scale)[0] != 0.0)
+    loss_of(*gaussian_chain(masks=(True, False))[:2], DoublyReparameterized(), num_particles=1)
+
+
+def test_weights_without_a_cut_raise():
+    weights = LogWeights(torch.zeros(3, requires_grad=True))
+    for gradient in CUTTING:
+        with pytest.raises(ValueError, match="log weights with a cut"):
+            gradient.surrogate(weights, weights.totals())
+
+
+def test_pathwise_needs_a_cut_only_where_the_guide_has_its_own_objective():
+    guide = made("AutoNormal", local_model)
+    assert loss_of(local_model, guide, Pathwise(), 4, objective=PIWAE(2)).requires_grad
