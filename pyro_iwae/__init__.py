@@ -8,6 +8,7 @@ https://arxiv.org/abs/1704.02916). Importing the package changes nothing in torc
 """
 
 from pyro_iwae.elbo import ImportanceWeightedELBO
+from pyro_iwae.gradient_snr import gradient_snr
 from pyro_iwae.gradients import OVIS, VIMCO, DoublyReparameterized, Pathwise, SampledBackward, StickTheLanding
 from pyro_iwae.guide import ImportanceResampledGuide
 from pyro_iwae.logweights import LogWeights
@@ -31,5 +32,6 @@ __all__ = [
     "Renyi",
     "SampledBackward",
     "StickTheLanding",
+    "gradient_snr",
     "preflight",
 ]

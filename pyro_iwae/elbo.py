@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import math
-import operator
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -20,6 +19,7 @@ from pyro_iwae.backward import weigh_drawn
 from pyro_iwae.gradients import Coefficients, PathGradient, Pathwise, SampledBackward, ScoreGradient, default_score
 from pyro_iwae.logweights import LogWeights
 from pyro_iwae.objectives import Objective
+from pyro_iwae.options import as_count, require_callables, require_options
 from pyro_iwae.particles import Call
 from pyro_iwae.plates import latent_sites, nesting
 from pyro_iwae.state import get_random_state, set_random_state
@@ -33,36 +33,6 @@ __all__ = ["ImportanceWeightedELBO"]
 
 Program = Callable[..., Any]
 PARTICLES_PER_PASS = 16  # without a graph; few enough to stay in a CPU's cache, which is what pays there
-
-
-def as_count(name: str, value: Any, *, least: int = 1) -> int:
-    """A whole number of at least so many; raises TypeError or ValueError with the option's name."""
-    try:
-        if isinstance(value, bool):
-            raise TypeError
-        count = operator.index(value)
-    except TypeError:
-        raise TypeError(
-            f"expected {name} to be a whole number, got {value!r}; write for example {name}={max(least, 1)}"
-        ) from None
-    if count < least:
-        raise ValueError(f"expected {name} >= {least}, got {count}")
-    return count
-
-
-def require_options(vectorize_particles: Any, max_plate_nesting: Any) -> None:
-    """Raises where an option that ELBO and guide share is none of those that it can be."""
-    if not (vectorize_particles is None or isinstance(vectorize_particles, bool)):
-        raise TypeError(f"expected vectorize_particles to be None, True or False, got {vectorize_particles!r}")
-    if max_plate_nesting != math.inf:
-        as_count("max_plate_nesting", max_plate_nesting, least=0)
-
-
-def require_callables(model: Any, guide: Any) -> None:
-    """Raises TypeError where model or guide cannot be called."""
-    for name, fn in (("model", model), ("guide", guide)):
-        if not callable(fn):
-            raise TypeError(f"expected {name} to be callable (a function or Module of Pyro statements), got {fn!r}")
 
 
 def _require_kind(name: str, value: Any, kind: type, example: str) -> None:

@@ -17,7 +17,7 @@ from pyro.poutine.util import site_is_factor
 from torch import Tensor
 
 from pyro_iwae.drawn import settable
-from pyro_iwae.elbo import require_callables
+from pyro_iwae.options import require_callables
 from pyro_iwae.particles import Call
 from pyro_iwae.plates import Layout, Scale, Site, latent_sites, own_scale
 from pyro_iwae.state import unchanged_state

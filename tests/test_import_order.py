@@ -12,7 +12,7 @@ import pyro_iwae
 
 ROOT = Path(pyro_iwae.__file__).parent
 ORDER = [
-    {"cut", "exact", "owning", "totals"},
+    {"cut", "exact", "options", "owning", "totals"},
     {"logweights"},
     {"objectives", "resampling"},
     {"gradients"},
@@ -27,7 +27,7 @@ ORDER = [
     {"weighing"},
     {"expectation", "selection", "unconstrain"},
     {"backward", "emission", "given"},
-    {"elbo"},
+    {"elbo", "gradient_snr"},
     {"guide"},
     {"preflight"},
 ]
