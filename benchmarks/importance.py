@@ -8,25 +8,15 @@ all draws share a few passes. Both are timed in one process, in turns, and Impor
 traces. Writes ``importance.json`` and ``importance.md`` into ``benchmarks/results``.
 """
 
-import argparse
-import datetime
-import json
-import os
-import platform
-import statistics
-import subprocess
-import time
-from pathlib import Path
-
 import pyro
 import pyro.distributions as dist
 import torch
 from pyro.infer import SVI, Importance, Trace_ELBO
 from pyro.infer.autoguide import AutoNormal
+from support import arguments, keep, provenance, seconds, spread, surroundings
 
-from pyro_iwae import ImportanceResampledGuide, __version__
+from pyro_iwae import ImportanceResampledGuide
 
-HERE = Path(__file__).resolve().parent
 EFFECTS = torch.tensor([28.0, 8.0, -3.0, 7.0, -1.0, 1.0, 18.0, 12.0])  # Rubin (1981)
 ERRORS = torch.tensor([15.0, 10.0, 16.0, 11.0, 9.0, 11.0, 10.0, 18.0])
 
@@ -47,12 +37,6 @@ def trained_guide(steps):
     return guide
 
 
-def seconds(call):
-    start = time.perf_counter()
-    call()
-    return time.perf_counter() - start
-
-
 def measure(num_draws, num_particles, num_traces, repeats, steps):
     """Seconds per repeat: the draws, and as many traces extrapolated from ``num_traces``."""
     guide = trained_guide(steps)
@@ -68,31 +52,6 @@ def measure(num_draws, num_particles, num_traces, repeats, steps):
     return first, ours, theirs
 
 
-def spread(values):
-    """Median and quartiles."""
-    low, median, high = statistics.quantiles(values, n=4, method="inclusive")
-    return {"median": median, "lower quartile": low, "upper quartile": high}
-
-
-def cpu_name():
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
-
-
-def commit():
-    """The commit of this checkout, marked where files differ from it; None outside a checkout."""
-    try:
-        ask = {"cwd": HERE, "capture_output": True, "text": True, "check": True}
-        name = subprocess.run(["git", "rev-parse", "--short=12", "HEAD"], **ask).stdout.strip()
-        changed = subprocess.run(["git", "status", "--porcelain", "--", "../pyro_iwae"], **ask).stdout.strip()
-        return name + ("-dirty" if changed else "")
-    except (OSError, subprocess.CalledProcessError):
-        return None
-
-
 def report(options):
     first, ours, theirs = measure(
         options.draws, options.particles, options.traces, options.repeats, options.training_steps
@@ -100,15 +59,7 @@ def report(options):
     ratios = [b / a for a, b in zip(ours, theirs, strict=True)]
     return {
         "benchmark": "ImportanceResampledGuide.sample against pyro.infer.Importance, eight schools, AutoNormal",
-        "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
-        "commit": commit(),
-        "machine": {"cpu": cpu_name(), "cores": os.cpu_count(), "threads": torch.get_num_threads()},
-        "versions": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "pyro": pyro.__version__,
-            "pyro_iwae": __version__,
-        },
+        **surroundings(),
         "settings": {
             "draws": options.draws,
             "particles": options.particles,
@@ -121,7 +72,7 @@ def report(options):
 
 
 def table(result):
-    settings, machine, versions = result["settings"], result["machine"], result["versions"]
+    settings = result["settings"]
     draws, particles = settings["draws"], settings["particles"]
     sample, importance, ratio = (
         result["seconds"]["sample"],
@@ -147,36 +98,26 @@ def table(result):
             f"| ratio | {cells(ratio, ',.0f')} |",
             "",
             f"The first call, which also looks at the model, takes {result['seconds']['first sample']:.3f} s.",
-            f"{machine['cpu']}, {machine['cores']} cores, {machine['threads']} thread(s); {result['date']}; commit "
-            f"{result['commit']}; Python {versions['python']}, torch {versions['torch']}, Pyro {versions['pyro']}.",
+            provenance(result),
             "",
         ]
     )
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--smoke", action="store_true", help="seconds-long run that writes nothing unless told where")
-    parser.add_argument("--output", type=Path, help="folder of the results (default: benchmarks/results)")
+    parser = arguments(__doc__)
     parser.add_argument("--draws", type=int, default=1000)
     parser.add_argument("--particles", type=int, default=100)
     parser.add_argument("--traces", type=int, default=1000, help="traces of Importance that are timed")
     parser.add_argument("--repeats", type=int, default=25)
     parser.add_argument("--training-steps", type=int, default=1000)
-    parser.add_argument("--threads", type=int, default=1)
     options = parser.parse_args()
     if options.smoke:
         options.draws, options.particles, options.traces, options.repeats, options.training_steps = 20, 5, 20, 2, 5
     torch.set_num_threads(options.threads)
     pyro.set_rng_seed(0)
     result = report(options)
-    text = table(result)
-    print(text)
-    folder = options.output or (None if options.smoke else HERE / "results")
-    if folder is not None:
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "importance.json").write_text(json.dumps(result, indent=2) + "\n")
-        (folder / "importance.md").write_text(text)
+    keep(result, table(result), "importance", options)
 
 
 if __name__ == "__main__":

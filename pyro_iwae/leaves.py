@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from pyro_iwae.cut import Cut
-from pyro_iwae.plates import Layout, Scale, Site, same_scale
-from pyro_iwae.terms import Term, inner_scale, joined, sum_columns
+from pyro_iwae.plates import Layout, Scale, Site
+from pyro_iwae.terms import Term, inner_scale, joined, one_scale, sum_columns
 from pyro_iwae.traces import Pair
 
 __all__ = ["cut_of"]
@@ -71,7 +71,7 @@ def cut_of(
         masks=tuple(_mask(site) for site in nodes),
         rest=torch.zeros_like(template) if rest is None else rest,
         log_q=torch.zeros_like(template) if log_q is None else log_q,
-        scale=_one_scale([inner_scale(site, layout, common) for site in nodes]),
+        scale=one_scale([inner_scale(site, layout, common) for site in nodes]),
         downstream=next(_downstream(pairs, tables), None),
         gather=gather,
         spread=spread,
@@ -110,16 +110,6 @@ def _mask(site: Site) -> Tensor | None:
             mask = mask.reshape(mask.shape + (1,) * site["fn"].event_dim)
             found = mask if found is None else found & mask
     return found
-
-
-def _one_scale(scales: Sequence[Scale]) -> Scale | None:
-    """What all sites have in common; None where they differ, or one varies within its site."""
-    if not scales:
-        return 1.0
-    first = scales[0]
-    if not all(same_scale(first, s) for s in scales) or (isinstance(first, Tensor) and first.dim() > 0):
-        return None
-    return first
 
 
 def _downstream(pairs: Sequence[Pair], tables: Sequence[Sequence[Term]]) -> Iterator[tuple[str, str]]:

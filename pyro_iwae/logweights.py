@@ -39,6 +39,7 @@ class LogWeights:
             ``(particles, *plates)``; None where there is no such site.
         score_log_q: the part of log q, as it enters the weights, that belongs to those sites. Its gradient has
             mean zero for K = 1, where ``Trace_ELBO`` leaves it out.
+        score_scale: the scale of ``score_log_q``, where all of it has one; 1 where not.
         cut: the guide's reparameterised values, told apart from the parameters that made them; None unless an
             estimator asked for it.
 
@@ -58,6 +59,7 @@ class LogWeights:
     tempered: bool = False
     score: Float[Tensor, "particles *plates"] | None = None
     score_log_q: Float[Tensor, "particles *plates"] | None = None
+    score_scale: float | Tensor = 1.0
     cut: Cut | None = None
 
     @property

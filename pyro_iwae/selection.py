@@ -16,7 +16,7 @@ from pyro.poutine import Trace
 from pyro.poutine.indep_messenger import CondIndepStackFrame
 from torch import Tensor
 
-from pyro_iwae.gradients import Pathwise, default_score
+from pyro_iwae.gradients import OVIS, Pathwise
 from pyro_iwae.logweights import LogWeights
 from pyro_iwae.particles import (
     Call,
@@ -159,5 +159,5 @@ def _draw_enumerated(
 def _differentiable_bound(weights: LogWeights) -> Tensor:
     """Value of the bound and gradient of its estimator, whatever the guide's sites; it needs no score term outside."""
     totals = weights.totals()
-    surrogate = Pathwise().surrogate(weights, totals) + default_score(weights).surrogate(weights, totals)
+    surrogate = Pathwise().surrogate(weights, totals) + OVIS().surrogate(weights, totals)
     return totals.value + (surrogate - surrogate.detach())

@@ -31,6 +31,7 @@ __all__ = [
     "joined",
     "joint_log_density",
     "model_log_density",
+    "one_scale",
     "outer_scale",
     "sum_columns",
     "terms_of",
@@ -55,6 +56,7 @@ class Term:
     plates: tuple[str, ...] = ()
     score: Tensor | None = None
     score_log_q: Tensor | None = None
+    score_scale: Scale = 0.0  # of that part of score_log_q which has the score's own gradient
 
     @property
     def key(self) -> tuple[str, str]:
@@ -124,6 +126,16 @@ def inner_scale(site: Site, layout: Layout, common: Scale | None) -> Scale:
     return own * math.prod(plate_scale(f) for f in layout.outer_frames(site))
 
 
+def one_scale(scales: Sequence[Scale]) -> Scale | None:
+    """What all sites have in common; None where they differ, or one varies within its site."""
+    if not scales:
+        return 1.0
+    first = scales[0]
+    if not all(same_scale(first, s) for s in scales) or (isinstance(first, Tensor) and first.dim() > 0):
+        return None
+    return first
+
+
 def _term(role: str, name: str, site: Site, layout: Layout, common: Scale | None) -> Term:
     element = layout.element(site)
     if element is None:
@@ -144,7 +156,8 @@ def _term(role: str, name: str, site: Site, layout: Layout, common: Scale | None
         return Term(role, name, value, element)
     entropy = scale_and_mask(parts.entropy_term, scale, site["mask"])
     entropy = 0.0 if is_identically_zero(entropy) else layout.columns(entropy)
-    return Term(role, name, value, element, (), layout.columns(parts.score_function), -value - entropy)
+    scale = scale if is_identically_zero(parts.entropy_term) else 0.0
+    return Term(role, name, value, element, (), layout.columns(parts.score_function), -value - entropy, scale)
 
 
 def sum_columns(parts: Sequence[tuple[tuple[int, ...] | None, Tensor]], layout: Layout) -> Tensor | None:

@@ -46,14 +46,15 @@ class Totals(ABC):
 
     @abstractmethod
     def control(
-        self, log_weights: Float[Tensor, "particles *plates"], *, dropped: bool
+        self, log_weights: Float[Tensor, "particles *plates"], *, balance: float | Tensor = 0.0
     ) -> Float[Tensor, "particles *plates"]:
         """f without particle k, which is therefore independent of it, K > 1.
 
         Args:
             log_weights: of the particles to be left out, each in turn.
-            dropped: leave the particle out of the sum that f takes the logarithm of; else put the mean of the
-                others in its place.
+            balance: 0 puts the mean of the others in the particle's place. s moves f by a constant that balances
+                the slope of log q where that enters the weights with scale s: with even weights df of particle k is
+                then hardly more than s times its slope. 1 just leaves the particle out of the sum, for p = 1.
         """
 
     @abstractmethod
@@ -66,12 +67,12 @@ class Totals(ABC):
         return self
 
     def advantage(
-        self, log_weights: Float[Tensor, "particles *plates"], *, dropped: bool
+        self, log_weights: Float[Tensor, "particles *plates"], *, balance: float | Tensor = 0.0
     ) -> Float[Tensor, "particles *plates"]:
         """f minus its control: what multiplies d log q(z_k). A control that is not finite counts as 0, as it may."""
         value = self.value.expand(log_weights.shape)
         if self.count > 1:
-            control = self.control(log_weights, dropped=dropped)
+            control = self.control(log_weights, balance=balance)
             value = value - control.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
         return value.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
 
@@ -131,13 +132,14 @@ class LogMean(Totals):
         return share * ((1.0 - scale) + scale * share)  # v - s (v - v^2) without cancellation
 
     def control(
-        self, log_weights: Float[Tensor, "particles *plates"], *, dropped: bool
+        self, log_weights: Float[Tensor, "particles *plates"], *, balance: float | Tensor = 0.0
     ) -> Float[Tensor, "particles *plates"]:
         terms = log_weights.detach() * self.power
         share = (terms - self.log_sum).clamp(max=-math.log(2.0))  # any but the largest has at most half
         others = self.log_sum + torch.log1p(-share.exp())
         others = torch.where(terms == self.largest, self.rest, others)
-        return (others - math.log(self.count if dropped else self.count - 1)) / self.power
+        log_mean = others - math.log(self.count - 1)
+        return (log_mean + balance * self.power * math.log1p(-1.0 / self.count)) / self.power
 
 
 @dataclass(frozen=True, eq=False)
@@ -175,7 +177,7 @@ class Mean(Totals):
         return self.slope(log_weights)
 
     def control(
-        self, log_weights: Float[Tensor, "particles *plates"], *, dropped: bool
+        self, log_weights: Float[Tensor, "particles *plates"], *, balance: float | Tensor = 0.0
     ) -> Float[Tensor, "particles *plates"]:
-        """Without particle k the mean is that of the others, dropped or not: there is no logarithm around it."""
+        """The mean of the others: there is no logarithm around it, and nothing to balance."""
         return (self.total - log_weights.detach()) / (self.count - 1)

@@ -23,9 +23,9 @@ from pyro_iwae.inspection import inspect
 from pyro_iwae.leaves import cut_of
 from pyro_iwae.logweights import LogWeights
 from pyro_iwae.particles import Call, Minibatch, run_particles
-from pyro_iwae.plates import Layout, Site, is_subsampled, latent_sites, own_scale, same_scale
+from pyro_iwae.plates import Layout, Scale, Site, is_subsampled, latent_sites, own_scale, same_scale
 from pyro_iwae.structure import Structure, StructureCache
-from pyro_iwae.terms import Term, joined, outer_scale, terms_of, weighed_sites
+from pyro_iwae.terms import Term, joined, one_scale, outer_scale, terms_of, weighed_sites
 from pyro_iwae.traces import Pair, Recording, require_site_shapes
 
 __all__ = ["Particles", "constants_of", "subsampling_problem", "weigh", "weigh_particles"]
@@ -230,11 +230,18 @@ def weigh(pairs: Sequence[Pair], layout: Layout, num_particles: int, *, cut: boo
         tempered=common is None and any(not same_scale(own_scale(s), 1.0) for s in weighed_sites(pairs[0], layout)),
         score=score,
         score_log_q=score_log_q,
+        score_scale=_score_scale(tables),
         cut=cut_of(pairs, tables, layout, common, shape) if cut else None,
     )
     if not bool(weights.log_weights.isfinite().all()):
         _explain_infinite(weights, tables)
     return weights
+
+
+def _score_scale(tables: Sequence[Sequence[Term]]) -> Scale:
+    """The scale of log q of score-function sites inside the weights, if all have one; 1 if not."""
+    common = one_scale([t.score_scale for table in tables for t in table if t.score is not None])
+    return 1.0 if common is None else common
 
 
 def require_full_plates(pair: Pair, layout: Layout) -> None:

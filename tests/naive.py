@@ -84,7 +84,7 @@ def reference(program, tape, num_particles, gradient="pathwise", control="mean")
     """Loss, gradient surrogate and bound for the values on the tape.
 
     ``gradient``: pathwise, sticking ("stick the landing") or double ("doubly reparameterised"); ``control`` of the
-    score function: the mean of the other particles, or the bound with the particle dropped.
+    score function: the mean of the other particles, or that moved by the constant that balances log q's own slope.
     """
     particles, minibatch = particles_of(program, tape, num_particles)
     independent = program.independent
@@ -145,9 +145,11 @@ def reference(program, tape, num_particles, gradient="pathwise", control="mean")
         ways = [values[n] for values in particles for n in names]
         through = sum(((g * z).sum() for g, z in zip(slopes, ways, strict=True)), start=torch.zeros(()))
         surrogate = surrogate + through / len(elements)  # only the sum over elements is asked for
+    tempering = {scale_of(t) for t in runs[0] if t.is_score and inside(t, order)}
+    balance = 0.0 if control == "mean" else (tempering.pop() if len(tempering) == 1 else 1.0)
     for k in range(num_particles):
         others = torch.cat([log_w[:k], log_w[k + 1 :]]).detach().logsumexp(0)
-        without = others - math.log(num_particles - 1 if control == "mean" else num_particles)
+        without = others - math.log(num_particles - 1) + balance * math.log1p(-1.0 / num_particles)
         surrogate = surrogate + (bound.detach() - without) * score[k]
     scale = math.prod(p.size / p.count for p in order) * (1.0 if common is None else common)
     constant = torch.zeros(())

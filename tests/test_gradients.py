@@ -823,7 +823,7 @@ def test_surrogate_of_one_particle_has_the_mean_gradient_of_the_elbo():
 def test_every_estimator_is_under_every_law():
     """The registry above holds all that the package exports, and each says what it promises."""
     everyone = [*UNBIASED, *BIASED, *SAMPLED, *SCORE]
-    contracts = {"Gradient", "PathGradient", "ScoreGradient", "Coefficients", "default_score"}
+    contracts = {"Gradient", "PathGradient", "ScoreGradient", "Coefficients"}
     assert {type(e).__name__ for e in everyone} == set(gradients.__all__) - contracts
     for estimator in everyone:
         assert isinstance(estimator, gradients.Gradient)

@@ -53,7 +53,7 @@ def test_log_mean_of_others_is_brute_force(name):
     """Also for the particle that carries nearly all of the weight, where 1 - v is 0 in floating point."""
     values = COLUMNS[name]
     expected = [brute_log_mean(values[:k] + values[k + 1 :]) for k in range(len(values))]
-    got = LogMean.of(column_of(name)).control(column_of(name), dropped=False).tolist()
+    got = LogMean.of(column_of(name)).control(column_of(name)).tolist()
     assert got == pytest.approx(expected, rel=1e-12, abs=1e-12)
 
 
@@ -76,9 +76,7 @@ def test_totals_of_blocks_are_those_of_the_whole(name, size):
         assert merged.count == whole.count == len(column)
         assert merged.largest == whole.largest
         torch.testing.assert_close(merged.rest, whole.rest, rtol=1e-13, atol=1e-13)
-        torch.testing.assert_close(
-            merged.control(column, dropped=False), whole.control(column, dropped=False), rtol=1e-12, atol=1e-12
-        )
+        torch.testing.assert_close(merged.control(column), whole.control(column), rtol=1e-12, atol=1e-12)
 
 
 log_weight = st.floats(-800.0, 800.0) | st.just(-INF) | st.sampled_from([0.0, 1.0])
@@ -99,7 +97,7 @@ def test_merge_is_associative_and_commutative(a, b, c):
 @given(block.filter(lambda rows: len(rows) > 1))
 def test_log_mean_of_others_for_random_weights(rows):
     values = torch.tensor(rows, dtype=torch.float64)
-    got = LogMean.of(values).control(values, dropped=False)
+    got = LogMean.of(values).control(values)
     for k in range(len(rows)):
         for e in range(2):
             expected = brute_log_mean([row[e] for i, row in enumerate(rows) if i != k])
@@ -109,7 +107,7 @@ def test_log_mean_of_others_for_random_weights(rows):
 def test_totals_hold_no_graph():
     column = torch.randn(4, 3, requires_grad=True)
     totals = LogMean.of(column)
-    for value in (totals.largest, totals.rest, totals.value, totals.control(column, dropped=False)):
+    for value in (totals.largest, totals.rest, totals.value, totals.control(column)):
         assert not value.requires_grad
     assert not LogWeights(column).weights.requires_grad
 

@@ -90,22 +90,22 @@ def test_value_and_derivatives(name):
 
 
 @EACH
-@pytest.mark.parametrize("dropped", [False, True])
-def test_what_is_taken_off_does_not_depend_on_the_particle(name, dropped):
+@pytest.mark.parametrize("balance", [0.0, 0.4, 1.0])
+def test_what_is_taken_off_does_not_depend_on_the_particle(name, balance):
     """value - advantage_k, the control, is the same whatever w_k is."""
     objective, _ = FORMULAS[name]
     x = torch.randn(K, 4)
     totals = objective.totals(x)
-    control = totals.value - totals.advantage(x, dropped=dropped)
+    control = totals.value - totals.advantage(x, balance=balance)
     if isinstance(objective, MIWAE):  # only the own group's part of the value can depend on it at all
-        control = -totals.advantage(x, dropped=dropped) + parts_of_groups(x, objective.groups)
+        control = -totals.advantage(x, balance=balance) + parts_of_groups(x, objective.groups)
     for k in range(K):
         moved = x.clone()
         moved[k] += torch.randn(4)
         other = objective.totals(moved)
-        again = other.value - other.advantage(moved, dropped=dropped)
+        again = other.value - other.advantage(moved, balance=balance)
         if isinstance(objective, MIWAE):
-            again = -other.advantage(moved, dropped=dropped) + parts_of_groups(moved, objective.groups)
+            again = -other.advantage(moved, balance=balance) + parts_of_groups(moved, objective.groups)
         torch.testing.assert_close(again[k], control[k])
 
 
@@ -124,7 +124,7 @@ def test_totals_of_blocks_merge(name, size):
     assert merged.count == K
     torch.testing.assert_close(merged.value, whole.value)
     torch.testing.assert_close(merged.slope(x), whole.slope(x))
-    torch.testing.assert_close(merged.advantage(x, dropped=False), whole.advantage(x, dropped=False))
+    torch.testing.assert_close(merged.advantage(x), whole.advantage(x))
 
 
 def test_blocks_that_cannot_be_merged_raise():
@@ -154,8 +154,8 @@ def test_impossible_particles(name, pattern):
     for value in (
         totals.slope(x),
         totals.double_slope(x),
-        totals.advantage(x, dropped=True),
-        totals.advantage(x, dropped=False),
+        totals.advantage(x, balance=1.0),
+        totals.advantage(x),
     ):
         assert bool(value.isfinite().all())
     assert bool((totals.slope(x)[dead, 0] == 0.0).all())

@@ -4,7 +4,6 @@
 """Gradient estimators, one per file; ``README.md`` beside this file is the table of them."""
 
 from pyro_iwae.gradients.coefficients import Coefficients
-from pyro_iwae.gradients.default import default_score
 from pyro_iwae.gradients.doubly_reparameterized import DoublyReparameterized
 from pyro_iwae.gradients.gradient import Gradient, PathGradient, ScoreGradient
 from pyro_iwae.gradients.ovis import OVIS
@@ -24,5 +23,4 @@ __all__ = [
     "SampledBackward",
     "ScoreGradient",
     "StickTheLanding",
-    "default_score",
 ]

@@ -68,7 +68,7 @@ class PathGradient(Gradient):
 class ScoreGradient(Gradient):
     """An estimator for the guide sites that have no reparameterised sampler (``score=``)."""
 
-    dropped: ClassVar[bool]  # the control leaves the particle out of the sum, or puts the others' mean in its place
+    balances: ClassVar[bool]  # the slope of log q inside the weights, by a constant in the control
 
     def surrogate(self, weights: LogWeights, totals: Totals) -> Float[Tensor, "*plates"]:
         """Builds sum_k (f - f_[-k]) log q(z_k); 0 where the guide has no such site.
@@ -79,7 +79,8 @@ class ScoreGradient(Gradient):
         objective = totals.guide
         if weights.score is None or weights.score_log_q is None:
             return torch.zeros_like(objective.value)
-        advantage = objective.advantage(weights.log_weights, dropped=self.dropped)
+        balance = weights.score_scale if self.balances else 0.0
+        advantage = objective.advantage(weights.log_weights, balance=balance)
         surrogate = (advantage * weights.score).sum(0)
         if objective.count > 1:
             return surrogate

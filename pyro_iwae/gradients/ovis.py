@@ -5,9 +5,10 @@
 
 Formula: sum_k (-log(1 - v_k) - v_k) d log q(z_k): the control is log (1/K) sum_{j != k} w_j, the bound after w_k is
     left out of its sum. The ``- v_k`` part is the path gradient's; this file adds the rest. d log q is that of the
-    unscaled, unmasked log q of *all* such sites of the independent element.
-Bias: none; the control does not depend on z_k. It is VIMCO's moved by the constant log(1 - 1/K), which takes away
-    what all particles' coefficients have in common: with even weights they are of order 1 / K^2 in place of 1 / K.
+    unscaled, unmasked log q of *all* such sites of the independent element. Where log q enters the weights with a
+    scale s (annealing) that part is - s v_k, and the constant (1 - s) log(1 - 1/K) is added.
+Bias: none; the control does not depend on z_k. It is VIMCO's moved by a constant, which takes away what all
+    particles' coefficients have in common: with even weights they are of order 1 / K^2 in place of 1 / K.
 Cost: none beyond the weights.
 K = 1: there are no others; Lhat d log q, as ``Trace_ELBO``.
 Reference: "Optimal Variance Control of the Score Function Gradient Estimator for Importance Weighted Bounds" (Liévin,
@@ -41,4 +42,4 @@ class OVIS(ScoreGradient):
     unbiased = True
     needs = "nothing"
     reference = "Liévin, Dittadi, Christensen, Winther 2020, arXiv 2008.01998"
-    dropped = True
+    balances = True

@@ -40,4 +40,4 @@ class VIMCO(ScoreGradient):
     unbiased = True
     needs = "nothing"
     reference = "Mnih & Rezende 2016, arXiv 1602.06725"
-    dropped = False
+    balances = False

@@ -83,9 +83,9 @@ class _Mixed(Totals):
         return self._mix(*(part.double_slope(log_weights, scale) for part in (self.elbo, self.bound)))
 
     def control(
-        self, log_weights: Float[Tensor, "particles *plates"], *, dropped: bool
+        self, log_weights: Float[Tensor, "particles *plates"], *, balance: float | Tensor = 0.0
     ) -> Float[Tensor, "particles *plates"]:
-        elbo, bound = (part.control(log_weights, dropped=dropped) for part in (self.elbo, self.bound))
+        elbo, bound = (part.control(log_weights, balance=balance) for part in (self.elbo, self.bound))
         return self._mix(elbo, bound)
 
     def merge(self, other: Totals) -> Totals:

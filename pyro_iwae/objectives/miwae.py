@@ -111,15 +111,15 @@ class Groups(Totals):
         return self._of_groups(self.each.double_slope(self._split(log_weights), scale)) / self.groups
 
     def control(
-        self, log_weights: Float[Tensor, "particles *plates"], *, dropped: bool
+        self, log_weights: Float[Tensor, "particles *plates"], *, balance: float | Tensor = 0.0
     ) -> Float[Tensor, "particles *plates"]:
         raise NotImplementedError("advantage() goes by groups")
 
     def advantage(
-        self, log_weights: Float[Tensor, "particles *plates"], *, dropped: bool
+        self, log_weights: Float[Tensor, "particles *plates"], *, balance: float | Tensor = 0.0
     ) -> Float[Tensor, "particles *plates"]:
         """Only a particle's own group depends on it."""
-        return self._of_groups(self.each.advantage(self._split(log_weights), dropped=dropped)) / self.groups
+        return self._of_groups(self.each.advantage(self._split(log_weights), balance=balance)) / self.groups
 
     def merge(self, other: Totals) -> Totals:
         raise NotImplementedError("groups of particles cannot be merged: a block does not say which groups it has")

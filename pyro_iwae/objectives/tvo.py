@@ -131,10 +131,10 @@ class _Riemann(Totals):
         return self.slope(log_weights) - scale * bends
 
     def control(
-        self, log_weights: Float[Tensor, "particles *plates"], *, dropped: bool
+        self, log_weights: Float[Tensor, "particles *plates"], *, balance: float | Tensor = 0.0
     ) -> Float[Tensor, "particles *plates"]:
         """The importance weighted bound of the others: near to this objective, and free of particle k."""
-        return self.bound.control(log_weights, dropped=False)
+        return self.bound.control(log_weights)
 
     def merge(self, other: Totals) -> Totals:
         raise NotImplementedError("totals of TVO cannot be merged")

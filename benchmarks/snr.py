@@ -1,0 +1,158 @@
+# Copyright Contributors to the pyro_iwae project.
+# SPDX-License-Identifier: Apache-2.0
+
+"""Signal-to-noise ratio of the gradient as K grows, on the Gaussian of Rainforth et al. (2018).
+
+Model z ~ N(mu, I), x | z ~ N(z, I) in 20 dimensions; guide z ~ N(A x + b, (2/3) I); parameters near their optimum, each
+moved by N(0, 0.01^2). For the guide the pathwise ratio falls as K^-1/2 and the doubly reparameterised one grows as
+K^1/2; for the model all grow as K^1/2. Writes ``snr.json``, ``snr.md`` and ``snr.png`` into ``benchmarks/results``.
+
+"Tighter Variational Bounds Are Not Necessarily Better", https://arxiv.org/abs/1802.04537.
+"""
+
+import math
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pyro
+import pyro.distributions as dist
+import torch
+from support import arguments, keep, provenance, surroundings
+
+from pyro_iwae import DoublyReparameterized, ImportanceWeightedELBO, Pathwise, StickTheLanding, gradient_snr
+
+DIMENSIONS = 20
+ESTIMATORS = {
+    "Pathwise": Pathwise(),
+    "StickTheLanding": StickTheLanding(),
+    "DoublyReparameterized": DoublyReparameterized(),
+}
+
+
+def moved(value):
+    return value + 0.01 * torch.randn_like(value)
+
+
+def model(x):
+    mu = pyro.param("mu")
+    with pyro.plate("data", len(x)):
+        z = pyro.sample("z", dist.Normal(mu, 1.0).to_event(1))
+        pyro.sample("x", dist.Normal(z, 1.0).to_event(1), obs=x)
+
+
+def guide(x):
+    loc = x @ pyro.param("A").T + pyro.param("b")
+    with pyro.plate("data", len(x)):
+        pyro.sample("z", dist.Normal(loc, math.sqrt(2.0 / 3.0)).to_event(1))
+
+
+def measure(options):
+    """For each estimator and K: ratios of guide and model with standard errors."""
+    truth = torch.randn(DIMENSIONS)
+    x = truth + math.sqrt(2.0) * torch.randn(options.rows, DIMENSIONS)
+    pyro.param("mu", moved(x.mean(0)))  # the optimum, moved
+    pyro.param("A", moved(0.5 * torch.eye(DIMENSIONS)))
+    pyro.param("b", moved(0.5 * x.mean(0)))
+    rows = []
+    for name, gradient in ESTIMATORS.items():
+        for particles in options.particles:
+            elbo = ImportanceWeightedELBO(particles, gradient=gradient)
+            found = gradient_snr(elbo, model, guide, x, num_replicates=options.replicates)
+            rows.append(
+                {
+                    "estimator": name,
+                    "K": particles,
+                    "guide": found.guide,
+                    "guide error": found.guide_error,
+                    "model": found.model,
+                    "model error": found.model_error,
+                }
+            )
+    return rows
+
+
+def exponent(rows, name, part, last=None):
+    """Slope of log ratio over log K, least squares weighted by the errors, with its standard error.
+
+    Over all K, or the ``last`` few, where there are enough particles for the law of large K.
+    """
+    chosen = [r for r in rows if r["estimator"] == name][-last if last else None :]
+    x = np.log([r["K"] for r in chosen])
+    y = np.log([max(r[part], 1e-12) for r in chosen])
+    weight = np.array([max(r[part], 1e-12) / max(r[f"{part} error"], 1e-12) for r in chosen]) ** 2
+    centre = (weight * x).sum() / weight.sum()
+    spread = (weight * (x - centre) ** 2).sum()
+    return float((weight * (x - centre) * y).sum() / spread), float(spread**-0.5)
+
+
+def table(result):
+    rows, exponents = result["ratios"], result["exponents"]
+    counts = sorted({r["K"] for r in rows})
+    lines = [
+        "# Signal-to-noise ratio of the gradient",
+        "",
+        f"Gaussian in {DIMENSIONS} dimensions, {result['settings']['rows']} rows, {result['settings']['replicates']} "
+        "gradients each: |E g| / sqrt(tr Var g), ± standard error. Last columns: exponent of K by least squares, over "
+        "all K and between the last two. In 20 dimensions few particles of ten or so carry the weight, and the law of "
+        "large K begins near K = 100.",
+        "",
+        "| estimator | of | " + " | ".join(f"K = {k}" for k in counts) + " | exponent | last |",
+        "|---|---|" + "---|" * (len(counts) + 2),
+    ]
+    for name in ESTIMATORS:
+        for part in ("guide", "model"):
+            cells = [next(r for r in rows if r["estimator"] == name and r["K"] == k) for k in counts]
+            values = [f"{c[part]:.3g} ± {c[f'{part} error']:.1g}" for c in cells]
+            values += [f"{slope:.2f} ± {error:.2f}" for slope, error in exponents[name][part].values()]
+            lines.append(f"| `{name}` | {part} | " + " | ".join(values) + " |")
+    return "\n".join([*lines, "", provenance(result), ""])
+
+
+def picture(rows):
+    figure, axes = plt.subplots(1, 2, figsize=(9.0, 3.8), sharex=True, layout="constrained")
+    for axis, part in zip(axes, ("guide", "model"), strict=True):
+        for style, name in zip("osv", ESTIMATORS, strict=True):
+            chosen = [r for r in rows if r["estimator"] == name]
+            values, errors = ([r[key] for r in chosen] for key in (part, f"{part} error"))
+            axis.errorbar([r["K"] for r in chosen], values, errors, marker=style, capsize=3, label=name)
+        counts = np.array(sorted({r["K"] for r in rows}), dtype=float)
+        first = next(r[part] for r in rows)
+        for power, label in ((0.5, "$K^{1/2}$"), (-0.5, "$K^{-1/2}$")):
+            if part == "guide" or power > 0.0:
+                axis.plot(counts, first * counts**power, ":", color="gray", zorder=0)
+                axis.annotate(label, (counts[-1], first * counts[-1] ** power), color="gray")
+        axis.set(xscale="log", yscale="log", xlabel="particles K", title=f"{part}'s parameters")
+    axes[0].set_ylabel("signal-to-noise ratio of the gradient")
+    axes[0].legend()
+    return figure
+
+
+def main():
+    parser = arguments(__doc__)
+    parser.add_argument("--particles", type=int, nargs="+", default=[1, 10, 100, 1000])
+    parser.add_argument("--rows", type=int, default=16)
+    parser.add_argument("--replicates", type=int, default=4000)
+    options = parser.parse_args()
+    if options.smoke:
+        options.particles, options.rows, options.replicates = [2, 8], 4, 20
+    torch.set_num_threads(options.threads)
+    pyro.set_rng_seed(0)
+    rows = measure(options)
+    result = {
+        "benchmark": "signal-to-noise ratio of the gradient, Gaussian of Rainforth et al. 2018",
+        **surroundings(),
+        "settings": {"dimensions": DIMENSIONS, "rows": options.rows, "replicates": options.replicates},
+        "ratios": rows,
+        "exponents": {
+            name: {
+                part: {"all": exponent(rows, name, part), "last": exponent(rows, name, part, 2)}
+                for part in ("guide", "model")
+            }
+            for name in ESTIMATORS
+        },
+    }
+    keep(result, table(result), "snr", options, picture(rows))
+
+
+if __name__ == "__main__":
+    main()
