@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from pyro import poutine
+from pyro.distributions import Unit
 from pyro.distributions.util import scale_and_mask
 from pyro.infer.util import is_validation_enabled
 from pyro.poutine import Trace
@@ -144,7 +145,21 @@ def run_pair(
             else:
                 with of_model():
                     log_prob_of(site)
+    if not recording.model:
+        lighten(pair.model)
     return pair
+
+
+def lighten(trace: Trace) -> None:
+    """Lets go of what a trace without a graph need not keep once its densities are known: decoded images, say."""
+    for name, node in trace.nodes.items():
+        site: Site = node
+        if site["type"] in ("args", "return"):
+            site["value"] = None
+        elif site["type"] == "sample" and "unscaled_log_prob" in site:
+            site["value"], site["fn"] = None, Unit(torch.zeros(()).expand(site["fn"].batch_shape))
+            site["args"], site["kwargs"] = (), {}
+            trace.nodes[name] = site
 
 
 def run_given(

@@ -43,9 +43,9 @@ def test_there_are_benchmarks():
     assert SCRIPTS
 
 
-@pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.stem)
-def test_smoke(script):
-    run(script)
+def test_nothing_is_kept_of_a_smoke_run():
+    """Unless it is told where; what is shared between benchmarks sees to it."""
+    run(next(script for script in SCRIPTS if script.stem == "importance"))
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.stem)
