@@ -316,8 +316,9 @@ def table(result):
         "## Held-out evidence after equal wall time",
         "",
         f"360 held-out digits, {settings['seconds']:g} s of training each, K = {settings['train particles']}, in "
-        f"turns; {settings['seeds']} seeds (weights, split and batches). Log evidence (K = {settings['test particles']:,}) in "
-        "nats per digit, and gain over `RenyiELBO`, paired by seed, ± standard errors over seeds.",
+        f"turns; {settings['seeds']} seeds (weights, split and batches). Log evidence "
+        f"(K = {settings['test particles']:,}) in nats per digit, and gain over `RenyiELBO`, paired by seed, ± standard "
+        "errors over seeds.",
         "",
         "| estimator | evidence | gain | steps |",
         "|---|---|---|---|",

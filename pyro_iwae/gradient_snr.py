@@ -37,15 +37,21 @@ class ParameterSNR:
         role: model, guide, or shared.
         snr: length of the mean gradient over the root of its total variance, |E g| / sqrt(tr Var g).
         std_error: standard error of ``snr`` over groups of replicates.
-        coordinates: |mean| / standard deviation of each coordinate, in the parameter's shape (not corrected for
-            the noise in the mean: below 1 / sqrt(replicates) it says nothing).
+        mean: mean gradient over the replicates, in the parameter's shape.
+        std: standard deviation of each coordinate, likewise.
     """
 
     name: str
     role: str
     snr: float
     std_error: float
-    coordinates: Tensor
+    mean: Tensor
+    std: Tensor
+
+    @property
+    def coordinates(self) -> Tensor:
+        """|mean| / std of each coordinate; below 1 / sqrt(replicates) it is the noise of the mean alone."""
+        return self.mean.abs() / self.std
 
 
 @dataclass(frozen=True)
@@ -258,8 +264,7 @@ def _report(whole: _Moments, groups: Sequence[_Moments], roles: Mapping[str, str
     each = []
     for name in whole.mean:
         ratio, error = measured([name])
-        coordinates = whole.mean[name].abs() / whole.variance(name).sqrt()
-        each.append(ParameterSNR(name, roles[name], ratio, error, coordinates))
+        each.append(ParameterSNR(name, roles[name], ratio, error, whole.mean[name], whole.variance(name).sqrt()))
     (guide, guide_error), (model, model_error) = (
         measured([n for n in _names(roles, role) if n in whole.mean]) for role in ("guide", "model")
     )
