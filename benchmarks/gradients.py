@@ -317,8 +317,8 @@ def table(result):
         "",
         f"360 held-out digits, {settings['seconds']:g} s of training each, K = {settings['train particles']}, in "
         f"turns; {settings['seeds']} seeds (weights, split and batches). Log evidence "
-        f"(K = {settings['test particles']:,}) in nats per digit, and gain over `RenyiELBO`, paired by seed, ± standard "
-        "errors over seeds.",
+        f"(K = {settings['test particles']:,}) in nats per digit, and gain over `RenyiELBO`, paired by seed, ± "
+        "standard errors over seeds.",
         "",
         "| estimator | evidence | gain | steps |",
         "|---|---|---|---|",

@@ -71,7 +71,7 @@ def with_the_mean_of(less_noisy, noisy):
     count = less_noisy.num_replicates
     means, noises = ([p for p in snr.parameters if p.role == "guide"] for snr in (less_noisy, noisy))
     signal = sum((p.mean.square() - p.std**2 / count).sum().item() for p in means)
-    ratio = math.sqrt(signal / sum(p.std.square().sum().item() for p in noises))
+    ratio = math.sqrt(max(signal, 1e-12) / sum(p.std.square().sum().item() for p in noises))
     relative = math.hypot(less_noisy.guide_error / less_noisy.guide, (2 * count) ** -0.5)
     return {"guide": ratio, "guide error": ratio * relative}
 
@@ -83,8 +83,8 @@ def exponent(rows, name, part, last=None):
     """
     chosen = [r for r in rows if r["estimator"] == name][-last if last else None :]
     x = np.log([r["K"] for r in chosen])
-    y = np.log([r[part] for r in chosen])
-    errors = np.array([r[f"{part} error"] / r[part] for r in chosen])
+    values = np.array([max(r[part], 1e-6) for r in chosen])
+    y, errors = np.log(values), np.array([r[f"{part} error"] for r in chosen]) / values
     pull = (x - x.mean()) / ((x - x.mean()) ** 2).sum()
     return float((pull * y).sum()), float(np.sqrt((pull**2 * errors**2).sum()))
 
@@ -96,10 +96,10 @@ def table(result):
         "# Signal-to-noise ratio of the gradient",
         "",
         f"Gaussian in {DIMENSIONS} dimensions, {result['settings']['rows']} rows, {result['settings']['replicates']} "
-        "gradients each: |E g| / sqrt(tr Var g), ± standard error. Pathwise and doubly reparameterised gradients have one "
-        "mean, so that the guide's pathwise ratio is taken with the mean of the other, which is known far better. Last "
-        "columns: exponent of K by least squares, over all K and between the last two. In 20 dimensions one particle of "
-        "ten carries most of the weight, and the law of large K begins near K = 100.",
+        "gradients each: |E g| / sqrt(tr Var g), ± standard error. Pathwise and doubly reparameterised gradients "
+        "have one mean, so that the guide's pathwise ratio is taken with the mean of the other, which is known far "
+        "better. Last columns: exponent of K by least squares, over all K and between the last two. In 20 dimensions "
+        "one particle of ten carries most of the weight, and the law of large K begins near K = 100.",
         "",
         "| estimator | of | " + " | ".join(f"K = {k}" for k in counts) + " | exponent | last |",
         "|---|---|" + "---|" * (len(counts) + 2),
