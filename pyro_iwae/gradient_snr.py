@@ -16,9 +16,11 @@ from pyro.infer import ELBO
 from torch import Tensor
 from tqdm import tqdm
 
+from pyro_iwae.densities import log_prob_of
 from pyro_iwae.options import as_count, require_callables
-from pyro_iwae.state import module_behind, unchanged_state
-from pyro_iwae.traces import run_pair
+from pyro_iwae.plates import latent_sites, sample_sites
+from pyro_iwae.state import unchanged_state
+from pyro_iwae.traces import run_given, run_pair
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -34,7 +36,7 @@ class ParameterSNR:
 
     Attributes:
         name: the parameter's name.
-        role: model, guide, or shared.
+        role: model, guide, or shared, by what the parameter is used for.
         snr: length of the mean gradient over the root of its total variance, |E g| / sqrt(tr Var g).
         std_error: standard error of ``snr`` over groups of replicates.
         mean: mean gradient over the replicates, in the parameter's shape.
@@ -189,23 +191,42 @@ def gradient_snr(
 def _parameters(
     model: Callable[..., Any], guide: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
 ) -> tuple[dict[str, str], dict[str, Tensor]]:
-    """Role and unconstrained tensor of each parameter that model or guide asks for, by name."""
-    with poutine.block(), unchanged_state(model, guide):
+    """Role and unconstrained tensor of each parameter that model or guide asks for, by name.
+
+    The role goes by use, not by who asks: programs often register one module with all networks in both.
+    """
+    with poutine.block(), unchanged_state(model, guide), torch.enable_grad():
         pair = run_pair(model, guide, args, kwargs, matched=False)
-    found: dict[str, set[str]] = {}
+        drawn = dict(latent_sites(pair.guide))
+        alone = run_given(model, {n: s["value"].detach() for n, s in drawn.items()}, args, kwargs)
+        used = {
+            "guide": [t for s in drawn.values() for t in (log_prob_of(s), s["value"])],
+            "model": [log_prob_of(s) for _, s in sample_sites(alone)],
+        }
     params: dict[str, Tensor] = {}
-    module = module_behind(guide)
-    own = {id(p) for p in module.parameters()} if module is not None and module is not module_behind(model) else set()
+    asked: dict[str, str] = {}
     for role, trace in (("guide", pair.guide), ("model", pair.model)):
         for name in trace.param_nodes:
             site: Any = trace.nodes[name]
-            value = site["value"]
-            tensor = value.unconstrained() if hasattr(value, "unconstrained") else value
-            params[name] = tensor
-            # a guide that runs the model with it has one trace for both
-            found.setdefault(name, set()).add("guide" if id(tensor) in own else role)
-    roles = {name: "shared" if len(r) > 1 else next(iter(r)) for name, r in found.items()}
-    return roles, {n: p for n, p in params.items() if p.requires_grad}
+            value = site["value"].unconstrained() if hasattr(site["value"], "unconstrained") else site["value"]
+            if value.requires_grad:
+                params[name], asked[name] = value, role
+    reached = {role: _reached(outputs, params) for role, outputs in used.items()}
+    roles = {}
+    for name in params:
+        found = [role for role in reached if name in reached[role]]
+        roles[name] = asked[name] if not found else found[0] if len(found) == 1 else "shared"
+    return roles, params
+
+
+def _reached(outputs: Sequence[Tensor], params: Mapping[str, Tensor]) -> set[str]:
+    """Names of the parameters that any of the outputs depends on."""
+    outputs = [o for o in outputs if o.requires_grad]
+    if not outputs or not params:
+        return set()
+    total = torch.stack([o.sum() for o in outputs]).sum()
+    slopes = torch.autograd.grad(total, list(params.values()), retain_graph=True, allow_unused=True)
+    return {name for name, slope in zip(params, slopes, strict=True) if slope is not None}
 
 
 class _Moments:

@@ -109,7 +109,33 @@ def test_a_guide_that_runs_the_model_with_it():
     messenger()
     found = gradient_snr(ImportanceWeightedELBO(4), hierarchical, messenger, num_replicates=20, progress=False)
     roles = {p.name: p.role for p in found.parameters}
-    assert roles.pop("theta") == "model" and set(roles.values()) == {"guide"}
+    assert roles.pop("theta") == "shared"  # the prior, and so the posterior, which is made from the prior
+    assert set(roles.values()) == {"guide"}
+
+
+def test_roles_go_by_use_not_by_who_asks():
+    """Both register all networks at once, as the deep Markov model of Pyro's tutorial does."""
+    vae = VAE()
+
+    def both(x):
+        pyro.module("vae", vae)
+        return vae.model(x)
+
+    def both_guide(x):
+        pyro.module("vae", vae)
+        return vae.guide(x)
+
+    found = gradient_snr(
+        ImportanceWeightedELBO(4), both, both_guide, torch.randn(8, 3), num_replicates=20, progress=False
+    )
+    roles = {p.name: p.role for p in found.parameters if p.name.startswith("vae")}
+    assert roles == {
+        "vae$$$encoder.weight": "guide",
+        "vae$$$encoder.bias": "guide",
+        "vae$$$level": "shared",
+        "vae$$$decoder.weight": "model",
+        "vae$$$decoder.bias": "model",
+    }
 
 
 def test_other_elbos_can_be_compared():
