@@ -107,7 +107,9 @@ class GradientSNR:
                 ax.barh(places, [p.snr for p in found], xerr=errors, color=color, label=role, error_kw={"lw": 1.0})
         ax.set_yticks(range(len(self.parameters)), [p.name for p in self.parameters])
         ax.invert_yaxis()
+        ax.set_xscale("symlog", linthresh=0.1, linscale=0.3)  # ratios differ by orders of magnitude, and can be 0
         ax.set_xlim(left=0.0)
+        ax.grid(axis="x", alpha=0.3)
         ax.set_xlabel("signal-to-noise ratio of the gradient")
         ax.legend()
         return ax
