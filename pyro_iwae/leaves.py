@@ -37,8 +37,8 @@ def cut_of(
         joined([list(_parts(pair, table, cut=cut)) for pair, table in zip(pairs, tables, strict=True)], layout, shape)
         for cut in (False, True)
     )
-    template = torch.zeros(shape) if rest is None and log_q is None else (rest if log_q is None else log_q)
-    assert template is not None
+    known = log_q if rest is None else rest
+    template = torch.zeros(shape) if known is None else known
 
     def gather(values: Sequence[Tensor]) -> Tensor:
         """Sums over particles and over all that is not an independent plate."""
