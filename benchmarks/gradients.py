@@ -12,11 +12,11 @@ estimators on small models. Writes ``gradients.json``, ``gradients.md`` and ``gr
 """
 
 import math
-import resource
 import subprocess
 import sys
 import time
 from itertools import pairwise
+from pathlib import Path
 
 import matplotlib.pyplot as plt
 import pyro
@@ -118,11 +118,17 @@ def print_peak(name, particles, smoke):
     """In a process of its own: bytes that two steps take beyond what a step of two particles does."""
     vae, x = large_vae(smoke), batch(smoke)
     make_elbo(name, 2).loss_and_grads(vae.model, vae.guide, x)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = high_water()
     elbo = make_elbo(name, particles)
     for _ in range(2):
         elbo.loss_and_grads(vae.model, vae.guide, x)
-    print(1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before))
+    print(high_water() - before)
+
+
+def high_water():
+    """The most memory that this process has held, in bytes (Linux; the usual ``getrusage`` inherits its parent's)."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(1024 * int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
 
 
 def peak(name, particles, smoke):

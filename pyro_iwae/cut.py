@@ -10,7 +10,7 @@ reaches a log weight can be told apart: through a density directly, or through z
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from jaxtyping import Float
@@ -47,6 +47,7 @@ class Cut:
     downstream: tuple[str, str] | None
     gather: Callable[[Sequence[Tensor]], Tensor]
     spread: Callable[[Tensor], list[Tensor]]
+    _multiplied: list[bool] = field(default_factory=list)
 
     @property
     def is_flat(self) -> bool:
@@ -63,6 +64,9 @@ class Cut:
 
         What ``through`` gave before is not touched: it goes to the values, not to the leaves.
         """
+        if self._multiplied:
+            raise RuntimeError("these log weights have a surrogate already; let the ELBO draw new ones")
+        self._multiplied.append(True)
         for leaf, factor in zip(self.leaves, self.spread(ratio), strict=True):
             leaf.register_hook(factor.mul)
 

@@ -36,6 +36,14 @@ class CutSite:
     leaf: Tensor
     solved: bool
 
+    def require_unwritten(self, name: str) -> None:
+        """Raises where something was written into the value: its density was taken before."""
+        if self.leaf._version:
+            raise ValueError(
+                f"expected the value of guide site '{name}' to stay as it was drawn, got one that was changed in place "
+                "(z.mul_(2), z[0] = 0, z += 1); write a new tensor (z * 2, torch.where, z + 1), or gradient=Pathwise()"
+            )
+
 
 class CutValues(Messenger):
     """Cuts the guide's values as they are drawn, and keeps the densities there."""
@@ -54,6 +62,11 @@ class CutValues(Messenger):
 
     def _pyro_post_sample(self, msg: Site) -> None:
         value = msg["value"]
+        if hasattr(value, "_unquantize"):
+            raise NotImplementedError(
+                f"expected a draw that has a density, got a straight-through one at guide site '{msg['name']}' "
+                f"({msg['fn']}), whose value is rounded and whose gradient is not. Write gradient=Pathwise()"
+            )
         if msg["is_observed"] or site_is_subsample(msg) or not msg["fn"].has_rsample or not value.requires_grad:
             return
         if isinstance(msg["fn"], Drawn):
@@ -63,13 +76,12 @@ class CutValues(Messenger):
             )
         if not settable(msg):
             return  # it follows from what comes before it, and adds to the weights as the model does
-        own = value.view_as(value)
-        leaf = own.view_as(own)
+        leaf = value.clone()  # no view: what is written into it must not reach the value
         parts, solved = density_at(msg, leaf)
         if not is_identically_zero(parts.score_function):
             return  # drawn by rejection: partly a score-function site, and treated as one
         require_fixed_support(msg)
-        self.sites[msg["name"]], self.parts[msg["name"]] = CutSite(own, leaf, solved), parts
+        self.sites[msg["name"]], self.parts[msg["name"]] = CutSite(value, leaf, solved), parts
         msg["value"] = leaf
 
 

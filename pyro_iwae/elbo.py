@@ -73,7 +73,7 @@ class ImportanceWeightedELBO(ELBO):
         gradient: estimator for the model and for reparameterised guide sites: :class:`Pathwise` (the default),
             :class:`StickTheLanding`, :class:`DoublyReparameterized`, :class:`SampledBackward`.
         score: estimator for the other guide sites, :class:`OVIS` or :class:`VIMCO`; None is :class:`OVIS`, which
-            measures better (up to 200 times less noise).
+            measures better (for a coin, 9 times less noise with 5 particles and 200 times with 100).
 
     Raises:
         TypeError: where an option has the wrong type.
@@ -215,13 +215,16 @@ class ImportanceWeightedELBO(ELBO):
     def _step(self, model: Program, guide: Program, args: Any, kwargs: Any) -> tuple[Particles, Tensor]:
         """K particles, and the loss: value of the objective, gradient of the surrogates."""
         call, gradient = Call(model, guide, args, kwargs), self.gradient
+        if not torch.is_grad_enabled():
+            particles = self._draw(call)
+            return particles, -particles.weights.total(self._totals(particles.weights).value)
         if isinstance(gradient, SampledBackward) and self.num_particles <= gradient.draws:
             gradient = gradient.inner
-        cut = torch.is_grad_enabled() and (gradient.cuts or (self.objective is not None and self.objective.separates))
+        cut = gradient.cuts or (self.objective is not None and self.objective.separates)
         if not isinstance(gradient, SampledBackward):
             particles = self._draw(call, Recording(cut=cut))
             weights, totals = particles.weights, self._totals(particles.weights)
-            surrogate = gradient.surrogate(weights, totals) if torch.is_grad_enabled() else totals.value
+            surrogate = gradient.surrogate(weights, totals)
         else:
             particles = self._draw(
                 call, Recording(cut=cut, model=False, block=max(PARTICLES_PER_PASS, 2 * gradient.draws))

@@ -32,6 +32,8 @@ def cut_of(
         shape: of the weights, ``(particles, *plates)``.
     """
     sites = [(pair, name) for pair in pairs for name in pair.cuts]
+    for pair, name in sites:
+        pair.cuts[name].require_unwritten(name)
     nodes: list[Site] = [pair.guide.nodes[name] for pair, name in sites]
     rest, log_q = (
         joined([list(_parts(pair, table, cut=cut)) for pair, table in zip(pairs, tables, strict=True)], layout, shape)
@@ -98,16 +100,16 @@ def _particles(pair: Pair, layout: Layout) -> int:
 
 def _mask(site: Site) -> Tensor | None:
     """Where the site's log q counts, to broadcast with its value; None where it does everywhere."""
-    masks: list[Any] = [site["mask"]]
     fn = site["fn"]
+    masks: list[tuple[Any, int]] = [(site["mask"], fn.event_dim)]
     while hasattr(fn, "base_dist"):
-        masks.append(getattr(fn, "_mask", None))
+        masks.append((getattr(fn, "_mask", None), fn.event_dim))  # inside an Independent some events are no events yet
         fn = fn.base_dist
     found = None
-    for mask in masks:
+    for mask, events in masks:
         if mask is not None and mask is not True:
             mask = torch.as_tensor(mask, device=site["value"].device)
-            mask = mask.reshape(mask.shape + (1,) * site["fn"].event_dim)
+            mask = mask.reshape(mask.shape + (1,) * events)
             found = mask if found is None else found & mask
     return found
 

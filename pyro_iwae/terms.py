@@ -249,13 +249,13 @@ def _contracted_terms(pair: Pair, layout: Layout, common: Scale | None, factors:
         sum_dims = {d for n in names for d in factors[n]._pyro_dims} & enum_symbols
         contracted = contract_to_tensor(tree, sum_dims, target, ring=LogRing(dim_to_size=sizes))
         value = packed.unpack(contracted, pair.model.symbol_to_dim)
-        scale = _commoninner_scale([nodes[n] for n in names], layout, common)
+        scale = _common_inner_scale([nodes[n] for n in names], layout, common)
         label = ", ".join(n for n in names if nodes[n]["infer"].get("_enumerate_dim") is not None)
         terms.append(Term("model", label or names[0], layout.columns(value * scale), element))
     return terms
 
 
-def _commoninner_scale(sites: Sequence[Site], layout: Layout, common: Scale | None) -> Scale:
+def _common_inner_scale(sites: Sequence[Site], layout: Layout, common: Scale | None) -> Scale:
     """The one scale of all sites that are contracted together; it stays outside their sum."""
     scales = [inner_scale(s, layout, common) for s in sites]
     for site, scale in zip(sites, scales, strict=True):

@@ -335,11 +335,17 @@ def test_the_same_seed_gives_the_same_particles_under_every_gradient():
     assert losses == [pytest.approx(losses[0])] * 4
 
 
-def test_no_cut_without_gradients():
-    elbo = ImportanceWeightedELBO(6, gradient=DoublyReparameterized())
+@pytest.mark.parametrize("gradient", [Pathwise(), *CUTTING, SampledBackward(2)], ids=repr)
+@pytest.mark.parametrize("num_particles", [1, 30])
+def test_without_gradients(gradient, num_particles):
+    """A validation loop: the value alone."""
+    elbo = ImportanceWeightedELBO(num_particles, gradient=gradient)
     guide = made("AutoNormal", local_model)
-    with torch.no_grad():
-        assert not elbo.differentiable_loss(local_model, guide).requires_grad
+    for off in (torch.no_grad(), torch.inference_mode()):
+        with off:
+            assert not elbo.differentiable_loss(local_model, guide).requires_grad
+            assert not elbo(local_model, guide)().requires_grad
+            assert math.isfinite(elbo.loss_and_grads(local_model, guide))
     assert elbo.log_weights(local_model, guide).cut is None
 
 
@@ -519,6 +525,70 @@ def test_a_resampled_guide_raises(gradient):
         loss_of(local_model, posterior, gradient)
 
 
+CHANGES = {
+    "guide mul_": (lambda z: z.mul_(2.0), True),
+    "guide clamp_": (lambda z: z.clamp_(min=0.0), True),
+    "guide set item": (lambda z: z.__setitem__((..., 0), 0.0), True),
+    "model add": (lambda z: z.add_(1.0), False),
+}
+
+
+@pytest.mark.parametrize("gradient", [*CUTTING, SampledBackward(2)], ids=repr)
+@pytest.mark.parametrize("name", CHANGES)
+def test_a_value_that_is_changed_in_place_raises(gradient, name):
+    change, in_guide = CHANGES[name]
+    loc = torch.tensor(0.3, requires_grad=True)
+
+    def model():
+        with pyro.plate("data", 3):
+            z = pyro.sample("z", dist.Normal(torch.zeros(3), 1.0))
+            if not in_guide:
+                change(z)
+            pyro.sample("x", dist.Normal(z, 1.0), obs=torch.ones(3))
+
+    def guide():
+        with pyro.plate("data", 3):
+            z = pyro.sample("z", dist.Normal(loc.expand(3), 0.7))
+            if in_guide:
+                change(z)
+
+    with pytest.raises(ValueError, match=r"'z' to stay as it was drawn.*in place"):
+        loss_of(model, guide, gradient, vectorize_particles=True).backward()
+
+
+@pytest.mark.parametrize("gradient", CUTTING, ids=repr)
+@pytest.mark.parametrize("family", [dist.RelaxedBernoulliStraightThrough, dist.RelaxedOneHotCategoricalStraightThrough])
+def test_a_straight_through_draw_raises(gradient, family):
+    logits = torch.tensor([0.3, -0.2], requires_grad=True)
+    fn = family(torch.tensor(0.5), logits=logits)
+    fn = fn if fn.event_dim else fn.to_event(1)
+
+    def guide():
+        pyro.sample("z", fn)
+
+    with pytest.raises(NotImplementedError, match=r"straight-through one at guide site 'z'.*Pathwise"):
+        loss_of(plain_model(fn), guide, gradient)
+
+
+@pytest.mark.parametrize("vectorize", [True, False])
+def test_a_mask_inside_an_event(vectorize):
+    """dist.Normal(...).mask(m).to_event(1): the mask is along the event, not along the plate."""
+    loc, mask = torch.zeros(8, 3, requires_grad=True), torch.tensor([True, True, False])
+
+    def model():
+        with pyro.plate("data", 8):
+            z = pyro.sample("z", dist.Normal(torch.zeros(3), 1.0).mask(mask).to_event(1))
+            pyro.sample("x", dist.Normal(z, 1.0).mask(mask).to_event(1), obs=torch.ones(8, 3))
+
+    def guide():
+        with pyro.plate("data", 8):
+            pyro.sample("z", dist.Normal(loc, 0.8).mask(mask).to_event(1))
+
+    for gradient in (*CUTTING, SampledBackward(2)):
+        (slope,) = torch.autograd.grad(loss_of(model, guide, gradient, vectorize_particles=vectorize), loc)
+        assert bool((slope[:, 2] == 0.0).all()) and bool((slope[:, :2] != 0.0).all())
+
+
 def gaussian_chain(scales=(1.0, 1.0), masks=(True, True), observed=True):
     """Two latents in model and guide alike, each with its own scale and mask."""
     log_scale = torch.zeros((), requires_grad=True)
@@ -542,7 +612,7 @@ def gaussian_chain(scales=(1.0, 1.0), masks=(True, True), observed=True):
 
 def test_scales_that_differ_raise():
     model, guide, _ = gaussian_chain(scales=(0.5, 0.25))
-    with pytest.raises(ValueError, match=r"one scale for log q.*'a', 'b'"):
+    with pytest.raises(ValueError, match=r"one number that scales log q.*'a', 'b'"):
         loss_of(model, guide, DoublyReparameterized())
     loss_of(model, guide, StickTheLanding())
     loss_of(model, guide, DoublyReparameterized(), num_particles=1)

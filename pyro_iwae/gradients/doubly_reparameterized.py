@@ -65,9 +65,9 @@ class DoublyReparameterized(PathGradient):
             )
         if weights.cut.scale is None:
             raise ValueError(
-                f"DoublyReparameterized needs one scale for log q of all reparameterised guide sites, got different "
-                f"ones among {sorted(set(weights.cut.names))}; put the same poutine.scale around all of them, or write "
-                "gradient=Pathwise()"
+                f"DoublyReparameterized needs one number that scales log q of all reparameterised guide sites, got "
+                f"several among {sorted(set(weights.cut.names))}, from site to site or within one; put the same scalar "
+                "poutine.scale around all of them, or write gradient=Pathwise()"
             )
         path = guide.double_slope(weights.log_weights, weights.cut.scale)
         ratio = torch.where(slope > 0.0, path / slope, 0.0) if guide is totals and totals.rising else None
