@@ -18,7 +18,7 @@ from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
 from pyro_iwae.drawn import Drawn, DrawnDensity
-from pyro_iwae.particles import ENCLOSING
+from pyro_iwae.handlers import ENCLOSING
 from pyro_iwae.plates import Site, own_scale, sample_sites
 from pyro_iwae.selection import Selection
 from pyro_iwae.weighing import Particles

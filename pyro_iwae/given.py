@@ -13,7 +13,8 @@ from pyro import poutine
 from torch import Tensor
 
 from pyro_iwae.drawn import settable
-from pyro_iwae.particles import Call, Minibatch, run_particles, spread_value
+from pyro_iwae.handlers import Minibatch
+from pyro_iwae.particles import Call, run_particles, spread_value
 from pyro_iwae.plates import Site, latent_sites
 from pyro_iwae.selection import latent_values
 from pyro_iwae.terms import model_log_density

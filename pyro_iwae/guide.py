@@ -24,10 +24,11 @@ from pyro_iwae.density import elbo_bracket, log_density
 from pyro_iwae.emission import Boundary, Emission
 from pyro_iwae.expectation import weighted_mean
 from pyro_iwae.given import weigh_at
+from pyro_iwae.handlers import Minibatch, ParticlePlate, enclosing_frames
 from pyro_iwae.logweights import LogWeights
 from pyro_iwae.options import as_count, require_callables, require_options
 from pyro_iwae.owning import Owning
-from pyro_iwae.particles import Call, Minibatch, ParticlePlate, enclosing_frames
+from pyro_iwae.particles import Call
 from pyro_iwae.plates import Layout
 from pyro_iwae.resampling import multinomial
 from pyro_iwae.selection import Selection, difference, model_values, select

@@ -35,15 +35,8 @@ from pyro_iwae.crossing import (
     site_values,
 )
 from pyro_iwae.drawn import Drawn, settable
-from pyro_iwae.particles import (
-    Call,
-    Minibatch,
-    Run,
-    batch_dim,
-    run_particles,
-    spread_value,
-    stacked_latents,
-)
+from pyro_iwae.handlers import Minibatch
+from pyro_iwae.particles import Call, Run, batch_dim, run_particles, spread_value, stacked_latents
 from pyro_iwae.plates import IndependentPlate, Layout, Site, candidates, latent_sites, nesting, sample_sites, signature
 from pyro_iwae.state import get_random_state, moved_slightly, set_random_state, unchanged_state
 from pyro_iwae.structure import Structure, plate_key

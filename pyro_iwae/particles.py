@@ -8,102 +8,23 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import pairwise
+from functools import partial
 from typing import Any
 
 import torch
 from pyro.poutine import Trace
-from pyro.poutine.broadcast_messenger import BroadcastMessenger
-from pyro.poutine.indep_messenger import CondIndepStackFrame, IndepMessenger
-from pyro.poutine.messenger import Messenger
-from pyro.poutine.runtime import _ENUM_ALLOCATOR, apply_stack
-from pyro.poutine.util import site_is_subsample
+from pyro.poutine.indep_messenger import CondIndepStackFrame
+from pyro.poutine.runtime import _ENUM_ALLOCATOR
 from torch import Tensor
 
-from pyro_iwae.plates import Site, latent_sites, plate_scale
+from pyro_iwae.blocks import model_in_blocks
+from pyro_iwae.handlers import EnclosingPlates, Minibatch, particle_plate
+from pyro_iwae.plates import Site, latent_sites
 from pyro_iwae.traces import Pair, Recording, run_given, run_pair
 
-__all__ = [
-    "Call",
-    "EnclosingPlates",
-    "Minibatch",
-    "ParticlePlate",
-    "Run",
-    "enclosing_frames",
-    "run_model",
-    "run_particles",
-]
+__all__ = ["Call", "Run", "run_model", "run_particles"]
 
 Program = Callable[..., Any]
-
-
-class Minibatch(Messenger):
-    """Draws the indices of each subsampled plate once, for all particles, for model and guide alike."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.indices: dict[str, Tensor] = {}
-
-    def _pyro_sample(self, msg: Site) -> None:
-        if site_is_subsample(msg) and msg["name"] in self.indices:
-            msg["value"] = self.indices[msg["name"]]
-            msg["done"] = msg["stop"] = True  # handlers outside see each plate's indices once
-
-    def _pyro_post_sample(self, msg: Site) -> None:
-        if site_is_subsample(msg):
-            self.indices[msg["name"]] = msg["value"]
-
-
-class EnclosingPlates(Messenger):
-    """Puts sites into plates that were entered further out, behind a boundary that hides them."""
-
-    def __init__(self, frames: Sequence[CondIndepStackFrame]) -> None:
-        super().__init__()
-        self.frames = tuple(frames)
-
-    def _process_message(self, msg: Site) -> None:
-        if msg["type"] == ENCLOSING or (msg["type"] == "sample" and not site_is_subsample(msg)):
-            msg["cond_indep_stack"] = self.frames + msg["cond_indep_stack"]
-            for frame in self.frames:
-                msg["scale"] = msg["scale"] * plate_scale(frame)
-            BroadcastMessenger._pyro_sample(msg)
-
-
-class ParticlePlate(IndepMessenger):
-    """A plate that never subsamples and so, unlike ``pyro.plate``, sends no message about its indices.
-
-    Nor does it leave its mark on the indices of other plates, which all particles share.
-    """
-
-    def _process_message(self, msg: Site) -> None:
-        if not site_is_subsample(msg):
-            super()._process_message(msg)
-            BroadcastMessenger._pyro_sample(msg)
-
-
-ENCLOSING = "pyro_iwae_enclosing"  # a message that nobody handles: only plates leave their mark on it
-
-
-def enclosing_frames() -> tuple[CondIndepStackFrame, ...]:
-    """The vectorised plates that a sample statement would find itself in, here and now."""
-    msg: Any = {
-        "type": ENCLOSING,
-        "name": ENCLOSING,
-        "fn": lambda: None,
-        "is_observed": False,
-        "args": (),
-        "kwargs": {},
-        "value": None,
-        "infer": {},
-        "scale": 1.0,
-        "mask": None,
-        "cond_indep_stack": (),
-        "done": False,
-        "stop": False,
-        "continuation": None,
-    }
-    apply_stack(msg)
-    return tuple(f for f in msg["cond_indep_stack"] if f.vectorized)
 
 
 @dataclass(frozen=True)
@@ -160,7 +81,7 @@ def run_particles(
     values: Mapping[str, Tensor] | None = None,
     recording: Recording | None = None,
 ) -> list[Pair]:
-    """Runs K particles: one pair of traces for each block of them if vectorised, else K pairs.
+    """Runs K particles: one pair of traces if vectorised, else K pairs.
 
     Args:
         call: what to run.
@@ -182,17 +103,28 @@ def run_particles(
             values=given,
             enumerate_from=run.enumerate_from(num_particles),
             recording=recording,
+            replay=replay,
         )
 
     outside = EnclosingPlates(call.enclosing)  # within poutine.replay, as plates must be to broadcast
-    block = None if recording is None else recording.block
-    rows = _blocks(num_particles, 1 if dim is None else block)
-    pairs = []
+    block, replay = None if recording is None else recording.block, None
+    if dim is not None and block is not None and num_particles > block:
+        replay = partial(
+            model_in_blocks,
+            call.model,
+            call.args,
+            call.kwargs,
+            num_particles=num_particles,
+            block=block,
+            plate=partial(particle_plate, dim=dim, outside=outside),
+            dim=dim,
+            enumerate_from=run.enumerate_from(num_particles),
+        )
     with unchanged_enumeration(), minibatch:
-        for row in rows:
-            given = values and {n: v[row.start] if dim is None else v[row] for n, v in values.items()}
-            pairs.append(once(particle_plate(row.stop - row.start, dim, outside), given))
-    return pairs
+        if dim is not None:
+            return [once(particle_plate(num_particles, dim=dim, outside=outside), values)]
+        singles = [{n: v[k] for n, v in (values or {}).items()} for k in range(num_particles)]
+        return [once(particle_plate(1, dim=None, outside=outside), single) for single in singles]
 
 
 def run_model(
@@ -208,30 +140,13 @@ def run_model(
         minibatch: the indices to share.
     """
     dim = -run.depth - 1 if run.vectorized else None
-    model = particle_plate(num_particles, dim, EnclosingPlates(call.enclosing))(call.model)
+    model = particle_plate(num_particles, dim=dim, outside=EnclosingPlates(call.enclosing))(call.model)
     rows: Sequence[Any] = [slice(None)] if dim is not None else range(num_particles)
     with unchanged_enumeration(), minibatch:
         return [
             run_given(model, {n: v[row] for n, v in values.items()}, call.args, call.kwargs, run.enumerate_from(2))
             for row in rows
         ]
-
-
-def particle_plate(size: int, dim: int | None, outside: EnclosingPlates) -> Callable[[Program], Program]:
-    """What puts a program into the plates around it: the enclosing ones, and the particles' where they run together."""
-
-    def around(fn: Program) -> Program:
-        inner = fn if dim is None else ParticlePlate(f"_importance_particles_{-dim}", size, dim=dim)(fn)
-        return outside(inner)
-
-    return around
-
-
-def _blocks(num_particles: int, block: int | None) -> list[slice]:
-    """The particles in blocks of about equal size, none larger than ``block``."""
-    count = 1 if block is None else -(-num_particles // block)
-    edges = [num_particles * i // count for i in range(count + 1)]
-    return [slice(a, b) for a, b in pairwise(edges)]
 
 
 @contextmanager
@@ -256,14 +171,6 @@ def stacked_value(
     """A site's values in K particles, shape ``(particles, *site shape)``, the site's shape as without particles."""
     if particle_dim is None:
         return torch.stack([s["value"] for s in sites])
-    if len(sites) > 1:  # blocks of particles
-        frames = [next(f for f in s["cond_indep_stack"] if f.dim == particle_dim) for s in sites]
-        return torch.cat(
-            [
-                stacked_value([s], particle_dim=particle_dim, num_particles=f.size, batch_dims=batch_dims)
-                for s, f in zip(sites, frames, strict=True)
-            ]
-        )
     (site,) = sites
     value, event_dim = site["value"], site["fn"].event_dim
     missing = -particle_dim + event_dim - value.dim()

@@ -17,16 +17,9 @@ from pyro.poutine.indep_messenger import CondIndepStackFrame
 from torch import Tensor
 
 from pyro_iwae.gradients import OVIS, Pathwise
+from pyro_iwae.handlers import EnclosingPlates, Minibatch
 from pyro_iwae.logweights import LogWeights
-from pyro_iwae.particles import (
-    Call,
-    EnclosingPlates,
-    Minibatch,
-    spread_value,
-    stacked_latents,
-    stacked_value,
-    unchanged_enumeration,
-)
+from pyro_iwae.particles import Call, spread_value, stacked_latents, stacked_value, unchanged_enumeration
 from pyro_iwae.plates import Layout, Site, latent_sites
 from pyro_iwae.terms import joint_log_density, model_log_density
 from pyro_iwae.traces import Unmasked

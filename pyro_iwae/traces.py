@@ -7,14 +7,14 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from pyro import poutine
-from pyro.distributions import Unit
+from pyro.distributions import Delta
 from pyro.distributions.util import scale_and_mask
 from pyro.infer.util import is_validation_enabled
 from pyro.poutine import Trace
@@ -54,7 +54,7 @@ class Recording:
     Attributes:
         cut: whether the guide's reparameterised values are cut from the parameters that made them.
         model: whether the model is run with a graph, if the guide is.
-        block: at most so many particles in one vectorised run; None is all of them.
+        block: at most so many particles in one vectorised run of the model; None is all of them.
     """
 
     cut: bool = False
@@ -104,6 +104,7 @@ def run_pair(
     enumerate_from: int | None = None,
     matched: bool = True,
     recording: Recording | None = None,
+    replay: Callable[[Trace], Trace] | None = None,
 ) -> Pair:
     """Runs the guide, then the model replayed on it.
 
@@ -117,6 +118,7 @@ def run_pair(
         enumerate_from: the first free dimension for enumerated model sites; None where there are none.
         matched: whether to raise where the latents of model and guide are not the same.
         recording: what to record for back-propagation; None is all, and no cut.
+        replay: runs the model on a guide's trace; None runs it as a whole.
     """
     recording = Recording() if recording is None else recording
     given = SetValues(values or {})
@@ -132,8 +134,11 @@ def run_pair(
         with given, cutting as cuts:
             guide_trace = poutine.trace(around(guide)).get_trace(*args, **kwargs)
         with of_model():
-            replayed = enumerating(around(model), enumerate_from)
-            model_trace = poutine.trace(poutine.replay(replayed, trace=guide_trace)).get_trace(*args, **kwargs)
+            if replay is None:
+                replayed = poutine.replay(enumerating(around(model), enumerate_from), trace=guide_trace)
+                model_trace = poutine.trace(replayed).get_trace(*args, **kwargs)
+            else:
+                model_trace = replay(guide_trace)
     pair = Pair(prune_subsample_sites(model_trace), prune_subsample_sites(guide_trace), cuts.sites if cuts else {})
     if cuts is not None:
         cuts.fill(pair.guide)
@@ -157,9 +162,14 @@ def lighten(trace: Trace) -> None:
         if site["type"] in ("args", "return"):
             site["value"] = None
         elif site["type"] == "sample" and "unscaled_log_prob" in site:
-            site["value"], site["fn"] = None, Unit(torch.zeros(()).expand(site["fn"].batch_shape))
+            site["value"], site["fn"] = None, stand_in(site["fn"].batch_shape, site["fn"].event_shape)
             site["args"], site["kwargs"] = (), {}
             trace.nodes[name] = site
+
+
+def stand_in(batch_shape: Sequence[int], event_shape: Sequence[int]) -> Delta:
+    """A distribution that has these shapes and no numbers."""
+    return Delta(torch.zeros(()).expand((*batch_shape, *event_shape)), event_dim=len(event_shape))
 
 
 def run_given(

@@ -19,10 +19,11 @@ from torch import Tensor
 
 from pyro_iwae.densities import infinity_message, nan_message
 from pyro_iwae.drawn import settable
+from pyro_iwae.handlers import Minibatch
 from pyro_iwae.inspection import inspect
 from pyro_iwae.leaves import cut_of
 from pyro_iwae.logweights import LogWeights
-from pyro_iwae.particles import Call, Minibatch, run_particles
+from pyro_iwae.particles import Call, run_particles
 from pyro_iwae.plates import Layout, Scale, Site, is_subsampled, latent_sites, own_scale, same_scale
 from pyro_iwae.structure import Structure, StructureCache
 from pyro_iwae.terms import Term, joined, one_scale, outer_scale, terms_of, weighed_sites

@@ -192,6 +192,77 @@ def test_only_drawn_particles_have_a_graph():
     assert bool((decoder.layer.weight.grad != 0.0).any())
 
 
+class Counting(nn.Module):
+    """An encoder that counts its calls, with dropout."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer, self.drop, self.calls = nn.Linear(2, 2), nn.Dropout(0.5), 0
+
+    def forward(self, x):
+        self.calls += 1
+        return self.drop(self.layer(x))
+
+
+def test_the_guide_runs_once_for_all_particles():
+    """One pass through a heavy encoder, one dropout mask; and the value is that of every other gradient."""
+    encoder, decoder, data = Counting(), Hidden(), torch.randn(3, 2)
+
+    def model():
+        hidden_pair(decoder)[0]()
+
+    def guide():
+        pyro.module("encoder", encoder)
+        loc = encoder(data)
+        with pyro.plate("data", 3):
+            pyro.sample("z", dist.Normal(loc, 1.0).to_event(1))
+
+    losses = []
+    for gradient in (Pathwise(), SampledBackward(4)):
+        elbo = ImportanceWeightedELBO(100, gradient=gradient)
+        elbo.loss(model, guide)
+        encoder.calls = 0
+        pyro.set_rng_seed(5)
+        losses.append(elbo.loss_and_grads(model, guide))
+        assert encoder.calls == 1
+    assert losses[0] == pytest.approx(losses[1])
+
+
+def saved_bytes(elbo, model, guide):
+    """What the graph of one loss keeps for its backward pass, each storage once."""
+    kept = {}
+
+    def pack(tensor):
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        elbo.differentiable_loss(model, guide)
+    return sum(kept.values())
+
+
+def test_memory_is_about_that_of_the_drawn_particles():
+    decoder = nn.Sequential(nn.Linear(2, 50), nn.Tanh(), nn.Linear(50, 50), nn.Tanh(), nn.Linear(50, 40))
+
+    def model():
+        pyro.module("decoder", decoder)
+        with pyro.plate("data", 3):
+            z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+            pyro.sample("x", dist.Bernoulli(logits=decoder(z)).to_event(1), obs=torch.ones(3, 40))
+
+    guide = hidden_pair(Hidden())[1]
+    sizes = {}
+    for name, elbo in {
+        "sampled": ImportanceWeightedELBO(500, gradient=SampledBackward(8)),
+        "full": ImportanceWeightedELBO(500, gradient=DoublyReparameterized()),
+        "of eight": ImportanceWeightedELBO(8, gradient=DoublyReparameterized()),
+    }.items():
+        elbo.loss(model, guide)
+        sizes[name] = saved_bytes(elbo, model, guide)
+    assert sizes["sampled"] < 0.15 * sizes["full"]
+    assert sizes["full"] > 40 * sizes["of eight"]
+
+
 def test_constants_keep_their_gradient():
     """A term outside every plate, which no latent reaches, depends on a parameter of the model."""
     level = torch.tensor(0.3, requires_grad=True)
@@ -279,7 +350,7 @@ def test_impossible_particles():
 
     def model():
         with pyro.plate("data", 3):
-            z = pyro.sample("z", dist.Normal(torch.zeros(3), 1.0))
+            z = pyro.sample("z", dist.Normal(torch.full((3,), 0.5), 1.0))
             pyro.factor("wall", torch.where(z > torch.tensor([0.0, 100.0, -100.0]), 0.0, -math.inf))
 
     def guide():

@@ -1,0 +1,101 @@
+# Copyright Contributors to the pyro_iwae project.
+# SPDX-License-Identifier: Apache-2.0
+
+"""The effect handlers under which particles run: their plate, the plates around it, one minibatch for all."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from pyro.poutine.broadcast_messenger import BroadcastMessenger
+from pyro.poutine.indep_messenger import CondIndepStackFrame, IndepMessenger
+from pyro.poutine.messenger import Messenger
+from pyro.poutine.runtime import apply_stack
+from pyro.poutine.util import site_is_subsample
+from torch import Tensor
+
+from pyro_iwae.plates import Site, plate_scale
+
+__all__ = ["ENCLOSING", "EnclosingPlates", "Minibatch", "ParticlePlate", "enclosing_frames", "particle_plate"]
+
+Program = Callable[..., Any]
+
+
+class Minibatch(Messenger):
+    """Draws the indices of each subsampled plate once, for all particles, for model and guide alike."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.indices: dict[str, Tensor] = {}
+
+    def _pyro_sample(self, msg: Site) -> None:
+        if site_is_subsample(msg) and msg["name"] in self.indices:
+            msg["value"] = self.indices[msg["name"]]
+            msg["done"] = msg["stop"] = True  # handlers outside see each plate's indices once
+
+    def _pyro_post_sample(self, msg: Site) -> None:
+        if site_is_subsample(msg):
+            self.indices[msg["name"]] = msg["value"]
+
+
+class EnclosingPlates(Messenger):
+    """Puts sites into plates that were entered further out, behind a boundary that hides them."""
+
+    def __init__(self, frames: Sequence[CondIndepStackFrame]) -> None:
+        super().__init__()
+        self.frames = tuple(frames)
+
+    def _process_message(self, msg: Site) -> None:
+        if msg["type"] == ENCLOSING or (msg["type"] == "sample" and not site_is_subsample(msg)):
+            msg["cond_indep_stack"] = self.frames + msg["cond_indep_stack"]
+            for frame in self.frames:
+                msg["scale"] = msg["scale"] * plate_scale(frame)
+            BroadcastMessenger._pyro_sample(msg)
+
+
+class ParticlePlate(IndepMessenger):
+    """A plate that never subsamples and so, unlike ``pyro.plate``, sends no message about its indices.
+
+    Nor does it leave its mark on the indices of other plates, which all particles share.
+    """
+
+    def _process_message(self, msg: Site) -> None:
+        if not site_is_subsample(msg):
+            super()._process_message(msg)
+            BroadcastMessenger._pyro_sample(msg)
+
+
+ENCLOSING = "pyro_iwae_enclosing"  # a message that nobody handles: only plates leave their mark on it
+
+
+def enclosing_frames() -> tuple[CondIndepStackFrame, ...]:
+    """The vectorised plates that a sample statement would find itself in, here and now."""
+    msg: Any = {
+        "type": ENCLOSING,
+        "name": ENCLOSING,
+        "fn": lambda: None,
+        "is_observed": False,
+        "args": (),
+        "kwargs": {},
+        "value": None,
+        "infer": {},
+        "scale": 1.0,
+        "mask": None,
+        "cond_indep_stack": (),
+        "done": False,
+        "stop": False,
+        "continuation": None,
+    }
+    apply_stack(msg)
+    return tuple(f for f in msg["cond_indep_stack"] if f.vectorized)
+
+
+def particle_plate(size: int, *, dim: int | None, outside: EnclosingPlates) -> Callable[[Program], Program]:
+    """What puts a program into the plates around it: the enclosing ones, and the particles' where they run together."""
+
+    def around(fn: Program) -> Program:
+        inner = fn if dim is None else ParticlePlate(f"_importance_particles_{-dim}", size, dim=dim)(fn)
+        return outside(inner)
+
+    return around
