@@ -160,17 +160,42 @@ def _announce_cuts(pair: Pair, said: set[str]) -> None:
                 f"Jacobian, which takes {site['fn'].event_shape.numel()} backward passes through the flow. A coupling "
                 "flow has a fast inverse, gradient=Pathwise() needs none"
             )
-    direct = [n for n, s in latent_sites(pair.guide) if s["value"].requires_grad and not settable(s)]
-    if direct and not pair.cuts:
+    sites = "cut " + ", ".join(name for name, _ in latent_sites(pair.guide))
+    direct = [] if sites in said else _set_directly(pair)
+    said.add(sites)  # looked at once
+    if direct:
         found.append(
             f"guide sites {direct} are set by their parameters directly (a Delta, or noise without parameters that a "
             "Delta bends), so that there is no draw whose log q could be treated apart: StickTheLanding and "
-            "DoublyReparameterized give the pathwise gradient there"
+            "DoublyReparameterized give the pathwise gradient for these parameters"
         )
     for message in found:
         if message not in said:
             said.add(message)
             warnings.warn(message, UserWarning, stacklevel=4)
+
+
+def _set_directly(pair: Pair) -> list[str]:
+    """Guide sites whose value follows from others, and from parameters that are in no draw's log q."""
+    params: list[Any] = [pair.guide.nodes[name]["value"] for name in pair.guide.param_nodes]
+    bare = [p.unconstrained() if hasattr(p, "unconstrained") else p for p in params]
+    bare = [p for p in bare if p.requires_grad]
+    handles = [cut.value.register_hook(torch.zeros_like) for cut in pair.cuts.values()]
+    try:
+        return [
+            name
+            for name, site in latent_sites(pair.guide)
+            if not settable(site) and site["value"].requires_grad and bare and _depends(site["value"], bare)
+        ]
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _depends(value: Tensor, params: Sequence[Tensor]) -> bool:
+    uneven = torch.linspace(1.0, 2.0, value.numel()).to(value).reshape(value.shape)  # a simplex sums to 1 anyway
+    slopes = torch.autograd.grad((uneven * value).sum(), params, retain_graph=True, allow_unused=True)
+    return any(slope is not None and bool(slope.any()) for slope in slopes)
 
 
 def enumeration_warnings(pair: Pair) -> list[str]:
