@@ -13,16 +13,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from pyro.distributions.util import is_identically_zero
 from pyro.poutine import Trace
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
-from torch.distributions import TransformedDistribution
 
 from pyro_iwae.drawn import Drawn, settable
-from pyro_iwae.flows import density_at, flow_of
+from pyro_iwae.edges import require_fixed_edges
+from pyro_iwae.flows import density_at
 from pyro_iwae.plates import Site
 
 __all__ = ["CutSite", "CutValues"]
@@ -80,38 +79,6 @@ class CutValues(Messenger):
         parts, solved = density_at(msg, leaf)
         if not is_identically_zero(parts.score_function):
             return  # drawn by rejection: partly a score-function site, and treated as one
-        require_fixed_support(msg)
+        require_fixed_edges(msg)
         self.sites[msg["name"]], self.parts[msg["name"]] = CutSite(value, leaf, solved), parts
         msg["value"] = leaf
-
-
-def require_fixed_support(site: Site) -> None:
-    """Raises where the limits of a distribution move with its parameters: log q does not tell what that does."""
-    if any(limit.requires_grad for limit in _limits(site["fn"])):
-        raise ValueError(
-            f"expected a distribution whose support does not move with its parameters, got {site['fn']} at guide site "
-            f"'{site['name']}': what StickTheLanding and DoublyReparameterized leave out of log q's gradient does not "
-            "have the mean there that they rely on. Write gradient=Pathwise()"
-        )
-
-
-def _limits(fn: Any) -> list[Tensor]:
-    """The finite limits of a distribution's support, as far as they are told."""
-    flow = flow_of(fn)
-    if flow is not None and type(flow).support is TransformedDistribution.support:  # else it says so itself
-        limits = _limits(flow.base_dist)
-        for transform in flow.transforms:
-            if transform.domain.event_dim > 0:
-                return []
-            limits = [limit for limit in map(transform, limits) if bool(limit.isfinite().all())]
-        return limits
-    while hasattr(fn, "base_dist") and fn is not flow:
-        fn = fn.base_dist
-    try:
-        support = fn.support
-    except NotImplementedError:  # a distribution need not tell
-        return []
-    while hasattr(support, "base_constraint"):
-        support = support.base_constraint
-    found = (getattr(support, name, None) for name in ("lower_bound", "upper_bound"))
-    return [limit if isinstance(limit, Tensor) else torch.tensor(float(limit)) for limit in found if limit is not None]

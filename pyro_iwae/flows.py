@@ -21,7 +21,7 @@ from torch import Tensor
 from pyro_iwae.densities import score_parts_of
 from pyro_iwae.plates import Site
 
-__all__ = ["density_at", "flow_of"]
+__all__ = ["density_at", "flow_of", "layers_of"]
 
 
 def density_at(site: Site, leaf: Tensor) -> tuple[Any, bool]:
@@ -39,7 +39,7 @@ def density_at(site: Site, leaf: Tensor) -> tuple[Any, bool]:
     flow = flow_of(site["fn"])
     if flow is None:
         return score_parts_of(at_leaf), False
-    layers = list(_layers(flow.transforms))
+    layers = list(layers_of(flow.transforms))
     if not any(getattr(layer, "autoregressive", False) for layer in layers):
         remembering = [layer for layer in layers if hasattr(layer, "_cached_x_y")]
         known = [layer._cached_x_y for layer in remembering]
@@ -61,11 +61,11 @@ def flow_of(fn: Any) -> TransformedDistribution | None:
     return fn
 
 
-def _layers(transforms: Sequence[Any]) -> Iterator[Any]:
+def layers_of(transforms: Sequence[Any]) -> Iterator[Any]:
     """The single transforms, those inside a composition too."""
     for transform in transforms:
         if isinstance(transform, torch.distributions.ComposeTransform):
-            yield from _layers(transform.parts)
+            yield from layers_of(transform.parts)
         else:
             yield transform
 

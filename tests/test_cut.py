@@ -480,8 +480,33 @@ def plain_model(fn):
             dist.Uniform(torch.tensor(0.0), 1.0), [transforms.AffineTransform(torch.tensor(0.0), a)]
         ),
         lambda a: dist.Pareto(a, torch.tensor(2.0)),
+        lambda a: dist.TransformedDistribution(
+            dist.Logistic(torch.tensor(0.0), 1.0),
+            [transforms.SigmoidTransform(), transforms.AffineTransform(torch.tensor(0.0), a)],
+        ),
+        lambda a: dist.TransformedDistribution(
+            dist.Normal(torch.tensor(0.0), 1.0),
+            [transforms.LeakyReLUTransform(), transforms.AffineTransform(a, 1.0)],
+        ),
+        lambda a: dist.TransformedDistribution(
+            dist.Normal(torch.zeros(2), a).to_event(1),
+            [transforms.LeakyReLUTransform(), transforms.affine_coupling(2, hidden_dims=[3])],
+        ),
+        lambda a: dist.TransformedDistribution(
+            dist.Normal(torch.zeros(2), a).to_event(1),
+            [transforms.neural_autoregressive(2, hidden_dims=[4], activation="LeakyReLU")],
+        ),
     ],
-    ids=["Uniform", "two Uniforms", "a scaled Uniform", "Pareto"],
+    ids=[
+        "Uniform",
+        "two Uniforms",
+        "a scaled Uniform",
+        "Pareto",
+        "a squashed Logistic",
+        "a kink that moves",
+        "a kink below a coupling",
+        "a kink inside a network",
+    ],
 )
 def test_a_support_that_moves_raises(gradient, make):
     a = torch.tensor(0.9, requires_grad=True)
@@ -505,8 +530,12 @@ def test_a_support_that_moves_raises(gradient, make):
         lambda a: dist.Beta(a, 1.0),
         lambda a: dist.TransformedDistribution(dist.Beta(a, 1.0), [transforms.SigmoidTransform().inv]),
         lambda a: dist.Kumaraswamy(a, torch.tensor(1.5)),
+        lambda a: dist.TransformedDistribution(dist.Normal(a, 1.0), [transforms.LeakyReLUTransform()]),
+        lambda a: dist.TransformedDistribution(
+            dist.Normal(a, 1.0), [transforms.SigmoidTransform(), transforms.AffineTransform(-1.0, 2.0)]
+        ),
     ],
-    ids=["Gamma", "LogNormal", "Beta", "logit of Beta", "Kumaraswamy"],
+    ids=["Gamma", "LogNormal", "Beta", "logit of Beta", "Kumaraswamy", "a kink that stays", "a fixed interval"],
 )
 def test_a_support_that_stays_does_not_raise(gradient, make):
     a = torch.tensor(0.9, requires_grad=True)

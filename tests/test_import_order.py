@@ -19,6 +19,7 @@ ORDER = [
     {"density", "plates", "state"},
     {"densities", "drawn"},
     {"flows"},
+    {"edges"},
     {"cutting"},
     {"handlers", "traces"},
     {"blocks", "terms"},
