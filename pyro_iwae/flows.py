@@ -35,21 +35,21 @@ def density_at(site: Site, leaf: Tensor) -> tuple[Any, bool]:
         The parts, and whether a flow's inverse was slow or missing, so that its Jacobian was solved with: that takes
         one backward pass through the flow for each number in an event.
     """
-    at_leaf = {**site, "value": leaf}
     flow = flow_of(site["fn"])
-    if flow is None:
-        return score_parts_of(at_leaf), False
-    layers = list(layers_of(flow.transforms))
-    if not any(getattr(layer, "autoregressive", False) for layer in layers):
-        remembering = [layer for layer in layers if hasattr(layer, "_cached_x_y")]
-        known = [layer._cached_x_y for layer in remembering]
-        try:
-            return score_parts_of(at_leaf), False
-        except (KeyError, NotImplementedError):  # no inverse
-            for layer, pair in zip(remembering, known, strict=True):
-                layer._cached_x_y = pair  # as before it was asked for what it does not have
-    value = _redrawn(flow, site, leaf)
-    return score_parts_of({**site, "value": value}), True
+    if flow is None or not any(hasattr(layer, "_cached_x_y") for layer in layers_of(flow.transforms)):
+        return score_parts_of({**site, "value": leaf}), False  # nothing remembered, nothing lost
+    noise = site["value"]
+    for transform in reversed(flow.transforms):
+        noise = transform.inv(noise)
+    noise = noise.detach()
+    solved, step = False, None
+    if all(layer.domain.event_dim == 0 for layer in layers_of(flow.transforms)):
+        step = _elementwise_step(flow, noise, leaf)
+    else:
+        step = _inverse_step(flow, leaf)
+    if step is None:
+        solved, step = True, _solved_step(flow, site, noise, leaf)
+    return score_parts_of({**site, "value": _push(flow, noise + step)}), solved
 
 
 def flow_of(fn: Any) -> TransformedDistribution | None:
@@ -70,26 +70,41 @@ def layers_of(transforms: Sequence[Any]) -> Iterator[Any]:
             yield transform
 
 
-def _redrawn(flow: TransformedDistribution, site: Site, leaf: Tensor) -> Tensor:
-    """The value, drawn again from T^-1(leaf), which the flow then remembers.
+# What is added to the noise at the draw: T^-1(leaf) as a function of leaf and parameters, moved to 0 there. What the
+# flow remembered is exact, where an inverse rounds, or is infinite (a squashing transform that is saturated).
 
-    At the draw z = T(e) the inverse is e - J^-1 (T(e) - leaf) to first order, with J the Jacobian of T at e: its
-    value is e, and its derivatives by the leaf and by all that T depends on are those of the inverse.
-    """
-    noise = site["value"]
-    for transform in reversed(flow.transforms):
-        noise = transform.inv(noise)
+
+def _elementwise_step(flow: TransformedDistribution, noise: Tensor, leaf: Tensor) -> Tensor:
+    """(leaf - T(noise)) / T'(noise): its value is 0, its derivatives are those of the inverse."""
+    with torch.enable_grad():
+        start = noise.clone().requires_grad_()
+        (slope,) = torch.autograd.grad(_push(flow, start).sum(), start)
+    return (leaf - _push(flow, noise)) / torch.where(slope == 0.0, torch.finfo(slope.dtype).tiny, slope)
+
+
+def _inverse_step(flow: TransformedDistribution, leaf: Tensor) -> Tensor | None:
+    """By the inverse itself; None where it is slow or missing."""
+    if any(getattr(layer, "autoregressive", False) for layer in layers_of(flow.transforms)):
+        return None
+    noise = leaf
+    try:
+        for transform in reversed(flow.transforms):
+            noise = transform.inv(noise)
+    except (KeyError, NotImplementedError):
+        return None
+    return noise - noise.detach()
+
+
+def _solved_step(flow: TransformedDistribution, site: Site, noise: Tensor, leaf: Tensor) -> Tensor:
+    """J^-1 (leaf - T(noise)), with J the Jacobian of T at the noise."""
     if noise.shape != leaf.shape:
         raise NotImplementedError(
             f"expected a flow that keeps the shape of its noise at guide site '{site['name']}', got "
             f"{tuple(noise.shape)} to {tuple(leaf.shape)}; write gradient=Pathwise()"
         )
-    noise = noise.detach()
     events = len(flow.event_shape)
-    jacobian = _jacobian(flow, noise, events)
-    gap = _rows(leaf - _push(flow, noise), events)
-    step = torch.linalg.solve(jacobian, gap.unsqueeze(-1)).squeeze(-1)
-    return _push(flow, noise + step.reshape(noise.shape))
+    gap = _rows(leaf - _push(flow, noise), events).unsqueeze(-1)
+    return torch.linalg.solve(_jacobian(flow, noise, events), gap).squeeze(-1).reshape(noise.shape)
 
 
 def _push(flow: TransformedDistribution, noise: Tensor) -> Tensor:

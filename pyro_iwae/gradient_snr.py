@@ -137,7 +137,7 @@ def gradient_snr(
         model: the model.
         guide: the guide.
         args: passed to both.
-        num_replicates: how many gradients to take, at least 20.
+        num_replicates: how many gradients to take, at least 20; rounded up to a multiple of 10.
         progress: whether to show a bar.
         kwargs: passed to both.
 

@@ -57,10 +57,6 @@ class Totals(ABC):
                 then hardly more than s times its slope. 1 just leaves the particle out of the sum, for p = 1.
         """
 
-    @abstractmethod
-    def merge(self, other: Totals) -> Totals:
-        """Totals of two blocks of particles together; associative and commutative."""
-
     @property
     def guide(self) -> Totals:
         """The objective of the guide's parameters, where it is not that of the model's."""
@@ -104,9 +100,8 @@ class LogMean(Totals):
         rest = terms.scatter(0, position, -math.inf).logsumexp(0)
         return cls(largest.squeeze(0), rest, terms.shape[0], power)
 
-    def merge(self, other: Totals) -> LogMean:
-        if not isinstance(other, LogMean) or other.power != self.power:
-            raise TypeError(f"expected totals of the same objective, got {other}")
+    def merge(self, other: LogMean) -> LogMean:
+        """Totals of two blocks of particles together; associative and commutative."""
         largest = torch.maximum(self.largest, other.largest)
         smaller = torch.minimum(self.largest, other.largest)
         rest = torch.logaddexp(torch.logaddexp(self.rest, other.rest), smaller)
@@ -158,11 +153,6 @@ class Mean(Totals):
     def of(cls, log_weights: Float[Tensor, "particles *plates"]) -> Mean:
         """Totals of one block of particles."""
         return cls(log_weights.detach().sum(0), log_weights.shape[0])
-
-    def merge(self, other: Totals) -> Mean:
-        if not isinstance(other, Mean):
-            raise TypeError(f"expected totals of the same objective, got {other}")
-        return Mean(self.total + other.total, self.count + other.count)
 
     @property
     def value(self) -> Float[Tensor, "*plates"]:

@@ -150,7 +150,7 @@ def test_shapes_and_names():
     assert LogWeights(torch.zeros(4)).bound().shape == ()
 
 
-def test_a_share_of_totals_over_more_particles():
+def test_slopes_under_totals_over_more_particles():
     """Chunks: the shares of all chunks under the merged totals are the weights of the whole."""
     column = torch.randn(6, 2, dtype=torch.float64)
     totals = reduce(LogMean.merge, [LogMean.of(chunk) for chunk in column.split(2)])

@@ -23,6 +23,7 @@ from pyro_iwae.gradients.coefficients import Coefficients
 from pyro_iwae.gradients.doubly_reparameterized import DoublyReparameterized
 from pyro_iwae.gradients.gradient import PathGradient
 from pyro_iwae.logweights import LogWeights
+from pyro_iwae.options import as_count
 from pyro_iwae.totals import Totals
 
 __all__ = ["SampledBackward"]
@@ -55,15 +56,11 @@ class SampledBackward(PathGradient):
 
     def __init__(self, draws: int = 8, inner: PathGradient | None = None) -> None:
         inner = DoublyReparameterized() if inner is None else inner
-        if isinstance(draws, bool) or not isinstance(draws, int):
-            raise TypeError(f"expected draws to be a whole number, got {draws!r}; write for example draws=8")
-        if draws < 1:
-            raise ValueError(f"expected draws >= 1, got {draws}")
         if not isinstance(inner, PathGradient) or isinstance(inner, SampledBackward):
             raise TypeError(
                 f"expected inner to be Pathwise(), StickTheLanding() or DoublyReparameterized(), got {inner!r}"
             )
-        self.draws, self.inner = draws, inner
+        self.draws, self.inner = as_count("draws", draws), inner
 
     @property
     def unbiased(self) -> bool:  # type: ignore[override]

@@ -87,8 +87,3 @@ class _Mixed(Totals):
     ) -> Float[Tensor, "particles *plates"]:
         elbo, bound = (part.control(log_weights, balance=balance) for part in (self.elbo, self.bound))
         return self._mix(elbo, bound)
-
-    def merge(self, other: Totals) -> Totals:
-        if not isinstance(other, _Mixed) or other.beta != self.beta:
-            raise TypeError(f"expected totals of the same objective, got {other}")
-        return _Mixed(self.beta, self.elbo.merge(other.elbo), self.bound.merge(other.bound))

@@ -18,17 +18,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from pyro_iwae.objectives.objective import Objective
+from pyro_iwae.options import as_count
 from pyro_iwae.totals import LogMean, Totals
 
-__all__ = ["MIWAE", "Groups", "require_groups"]
-
-
-def require_groups(name: str, groups: int) -> None:
-    """Raises where the number of groups is not a whole number of at least 1."""
-    if isinstance(groups, bool) or not isinstance(groups, int):
-        raise TypeError(f"expected the number of groups of {name} to be a whole number, got {groups!r}")
-    if groups < 1:
-        raise ValueError(f"expected {name} to have at least 1 group, got {groups}")
+__all__ = ["MIWAE", "Groups"]
 
 
 @dataclass(frozen=True)
@@ -60,7 +53,7 @@ class MIWAE(Objective):
     reference = "Rainforth et al. 2018, arXiv 1802.04537"
 
     def __post_init__(self) -> None:
-        require_groups("MIWAE", self.groups)
+        object.__setattr__(self, "groups", as_count("groups", self.groups))
 
     def totals(self, log_weights: Float[Tensor, "particles *plates"]) -> Totals:
         return Groups.of(log_weights, self.groups)
@@ -120,9 +113,6 @@ class Groups(Totals):
     ) -> Float[Tensor, "particles *plates"]:
         """Only a particle's own group depends on it."""
         return self._of_groups(self.each.advantage(self._split(log_weights), balance=balance)) / self.groups
-
-    def merge(self, other: Totals) -> Totals:
-        raise NotImplementedError("groups of particles cannot be merged: a block does not say which groups it has")
 
     def _split(self, log_weights: Tensor) -> Tensor:
         if log_weights.shape[0] != self.groups * self.each.count:

@@ -17,8 +17,9 @@ from dataclasses import dataclass
 from jaxtyping import Float
 from torch import Tensor
 
-from pyro_iwae.objectives.miwae import Groups, require_groups
+from pyro_iwae.objectives.miwae import Groups
 from pyro_iwae.objectives.objective import Objective
+from pyro_iwae.options import as_count
 from pyro_iwae.totals import LogMean, Totals
 
 __all__ = ["PIWAE"]
@@ -55,7 +56,7 @@ class PIWAE(Objective):
     separates = True
 
     def __post_init__(self) -> None:
-        require_groups("PIWAE", self.groups)
+        object.__setattr__(self, "groups", as_count("groups", self.groups))
 
     def totals(self, log_weights: Float[Tensor, "particles *plates"]) -> Totals:
         whole = LogMean.of(log_weights)
@@ -69,6 +70,3 @@ class _Parted(LogMean):
     @property
     def guide(self) -> Totals:
         return self if self.own is None else self.own
-
-    def merge(self, other: Totals) -> LogMean:
-        raise NotImplementedError("groups of particles cannot be merged: a block does not say which groups it has")

@@ -136,9 +136,6 @@ class _Riemann(Totals):
         """The importance weighted bound of the others: near to this objective, and free of particle k."""
         return self.bound.control(log_weights)
 
-    def merge(self, other: Totals) -> Totals:
-        raise NotImplementedError("totals of TVO cannot be merged")
-
 
 def _sum(values: Iterable[Tensor]) -> Tensor:
     return torch.stack(list(values)).sum(0)
