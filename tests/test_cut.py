@@ -282,6 +282,66 @@ def test_nothing_is_said_of_guides_that_draw_with_all_their_parameters(name):
     ImportanceWeightedELBO(2, gradient=DoublyReparameterized()).loss_and_grads(global_model, made(name, global_model))
 
 
+class Remembering(dist.TorchDistribution):
+    """As Pyro wraps zuko's flows: it draws and knows the density at once, and keeps that by the very value."""
+
+    arg_constraints, support, has_rsample = {}, dist.constraints.real, True
+
+    def __init__(self, base):
+        self.base, self.known = base, {}
+        super().__init__(base.batch_shape, base.event_shape)
+
+    def rsample(self, sample_shape=()):
+        value = self.base.rsample(sample_shape)
+        self.known[value] = self.base.log_prob(value)
+        return value
+
+    def log_prob(self, value):
+        return self.known[value] if value in self.known else self.base.log_prob(value)
+
+    def expand(self, batch_shape, _instance=None):
+        return Remembering(self.base.expand(batch_shape))
+
+
+@pytest.mark.parametrize("gradient", [*CUTTING, SampledBackward(2)], ids=repr)
+def test_a_flow_that_keeps_densities_by_value(gradient):
+    """What it kept is that of the draw, not of the leaf: it is asked again, and differentiable there."""
+    found = []
+    for wrap in (lambda fn: fn, Remembering):
+        loc = torch.full((3,), 0.3, requires_grad=True)
+
+        def guide(wrap=wrap, loc=loc):
+            with pyro.plate("data", 3):
+                pyro.sample("z", wrap(dist.Normal(loc, 0.8)))
+
+        elbo = ImportanceWeightedELBO(5, gradient=gradient)
+        elbo.loss(local_model, guide)
+        pyro.set_rng_seed(2)
+        found.append(torch.autograd.grad(elbo.differentiable_loss(local_model, guide), loc)[0])
+    torch.testing.assert_close(found[0], found[1])
+
+
+@pytest.mark.parametrize("gradient", CUTTING, ids=repr)
+@pytest.mark.parametrize("make", [auto.AutoNormal, auto.AutoDiagonalNormal, auto.AutoMultivariateNormal])
+def test_autoguides_at_the_exact_posterior_have_no_gradient(gradient, make):
+    """z ~ N(0, 1), x ~ N(z, 1): the posterior is N(x / 2, 1 / 2), set by hand."""
+    guide = make(local_model, init_loc_fn=auto.initialization.init_to_value(values={"z": data_of() / 2.0}))
+    guide()
+    with torch.no_grad():
+        for name, p in pyro.get_param_store().named_parameters():
+            if "scale" in name and "tril" not in name:
+                pyro.param(name).unconstrained().copy_(transforms.biject_to(dist.constraints.softplus_positive).inv(
+                    torch.full(p.shape, 0.5**0.5)))  # fmt: skip
+    loss = ImportanceWeightedELBO(4, gradient=gradient).differentiable_loss(local_model, guide)
+    assert gradient_of(loss).abs().max() < 1e-10
+    pathwise = ImportanceWeightedELBO(4).differentiable_loss(local_model, guide)
+    assert gradient_of(pathwise).abs().max() > 1e-3
+
+
+def data_of():
+    return torch.tensor([0.5, -1.0, 2.0])
+
+
 def test_where_parameters_may_live():
     """pyro.param, pyro.module, PyroModule: one and the same gradient."""
     data = torch.tensor([0.5, -1.0, 2.0])
