@@ -5,9 +5,8 @@
 
 Three tables. Time and peak memory of one step of a 784-200-200-50 VAE on batches of 100, for K from 8 to 5,000:
 medians of steps in turns, in one process; the peak in a fresh process each. Log evidence of held-out digits after
-training a VAE
-for the same wall time with each estimator, over several seeds, in turns of a second. Noise of the score-function
-estimators on small models. Writes ``gradients.json``, ``gradients.md`` and ``gradients.png`` into
+training a VAE for the same wall time with each estimator, over several seeds, in turns of a second. Noise of the
+score-function estimators on small models. Writes ``gradients.json``, ``gradients.md`` and ``gradients.png`` into
 ``benchmarks/results``.
 """
 
