@@ -27,6 +27,10 @@ ESTIMATORS = {
     "StickTheLanding": StickTheLanding(),
     "DoublyReparameterized": DoublyReparameterized(),
 }
+LAWS = {
+    "guide": [("DoublyReparameterized", 0.5, "$K^{1/2}$"), ("Pathwise", -0.5, "$K^{-1/2}$")],
+    "model": [("DoublyReparameterized", 0.5, "$K^{1/2}$")],
+}
 
 
 def moved(value):
@@ -121,14 +125,14 @@ def picture(rows):
             values, errors = ([r[key] for r in chosen] for key in (part, f"{part} error"))
             axis.errorbar([r["K"] for r in chosen], values, errors, marker=style, capsize=3, label=name)
         counts = np.array(sorted({r["K"] for r in rows}), dtype=float)
-        first = next(r[part] for r in rows)
-        for power, label in ((0.5, "$K^{1/2}$"), (-0.5, "$K^{-1/2}$")):
-            if part == "guide" or power > 0.0:
-                axis.plot(counts, first * counts**power, ":", color="gray", zorder=0)
-                axis.annotate(label, (counts[-1], first * counts[-1] ** power), color="gray")
+        for name, power, label in LAWS[part]:  # a little below the curve, and through its end: laws of large K
+            end = 0.7 * next(r[part] for r in rows if r["estimator"] == name and r["K"] == counts[-1])
+            line = end * (counts / counts[-1]) ** power
+            axis.plot(counts, line, ":", color="gray", zorder=0)
+            axis.annotate(label, (counts[-2], line[-2]), xytext=(-2, -17), textcoords="offset points", color="gray")
         axis.set(xscale="log", yscale="log", xlabel="particles K", title=f"{part}'s parameters")
     axes[0].set_ylabel("signal-to-noise ratio of the gradient")
-    axes[0].legend()
+    axes[1].legend(loc="upper left")
     return figure
 
 
