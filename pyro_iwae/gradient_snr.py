@@ -37,7 +37,7 @@ class ParameterSNR:
     Attributes:
         name: the parameter's name.
         role: model, guide, or shared, by what the parameter is used for.
-        snr: length of the mean gradient over the root of its total variance, |E g| / sqrt(tr Var g).
+        snr: length of the mean gradient over the root of its total variance, ``|E g| / sqrt(tr Var g)``.
         std_error: standard error of ``snr`` over groups of replicates.
         mean: mean gradient over the replicates, in the parameter's shape.
         std: standard deviation of each coordinate, likewise.
@@ -126,9 +126,9 @@ def gradient_snr(
 ) -> GradientSNR:
     """Measures the signal-to-noise ratio of an ELBO's gradient estimate at the present parameters.
 
-    For each parameter, and for all of the guide's and of the model's, |E g| / sqrt(tr Var g) over independent
-    replicates, with the noise in the mean taken off. See "Tighter Variational Bounds Are Not Necessarily Better"
-    (Rainforth et al. 2018, https://arxiv.org/abs/1802.04537).
+    For each parameter, and for all of the guide's and of the model's, ``|E g| / sqrt(tr Var g)`` over
+    independent replicates, with the noise in the mean taken off. See "Tighter Variational Bounds Are Not
+    Necessarily Better" (Rainforth et al. 2018, https://arxiv.org/abs/1802.04537).
 
     Parameters and their ``grad`` stay as they are; random generators move on.
 
