@@ -10,6 +10,7 @@ multiplied with on its way back through the value is for the estimator to say.
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -45,10 +46,15 @@ class CutSite:
 
 
 class CutValues(Messenger):
-    """Cuts the guide's values as they are drawn, and keeps the densities there."""
+    """Cuts the guide's values as they are drawn, and keeps the densities there.
 
-    def __init__(self) -> None:
+    Args:
+        given: sites whose values are given, which were cut when they were drawn.
+    """
+
+    def __init__(self, given: Collection[str] = ()) -> None:
         super().__init__()
+        self.given = given
         self.sites: dict[str, CutSite] = {}
         self.parts: dict[str, Any] = {}
 
@@ -66,6 +72,8 @@ class CutValues(Messenger):
                 f"expected a draw that has a density, got a straight-through one at guide site '{msg['name']}' "
                 f"({msg['fn']}), whose value is rounded and whose gradient is not. Write gradient=Pathwise()"
             )
+        if msg["name"] in self.given:
+            return
         if msg["is_observed"] or site_is_subsample(msg) or not msg["fn"].has_rsample or not value.requires_grad:
             return
         if isinstance(msg["fn"], Drawn):

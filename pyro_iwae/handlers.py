@@ -17,9 +17,10 @@ from torch import Tensor
 
 from pyro_iwae.plates import Site, plate_scale
 
-__all__ = ["ENCLOSING", "EnclosingPlates", "Minibatch", "ParticlePlate", "enclosing_frames", "particle_plate"]
+__all__ = ["ENCLOSING", "EnclosingPlates", "Minibatch", "ParticlePlate", "enclosing_frames", "particle_plates"]
 
 Program = Callable[..., Any]
+Around = Callable[[Program], Program]
 
 
 class Minibatch(Messenger):
@@ -60,8 +61,12 @@ class ParticlePlate(IndepMessenger):
     Nor does it leave its mark on the indices of other plates, which all particles share.
     """
 
+    def __init__(self, name: str, size: int, *, dim: int, holds: Callable[[Site], bool] = lambda site: True) -> None:
+        super().__init__(name, size, dim=dim)
+        self.holds = holds  # the sites that have these particles
+
     def _process_message(self, msg: Site) -> None:
-        if not site_is_subsample(msg):
+        if not site_is_subsample(msg) and (msg["type"] != "sample" or self.holds(msg)):
             super()._process_message(msg)
             BroadcastMessenger._pyro_sample(msg)
 
@@ -91,11 +96,17 @@ def enclosing_frames() -> tuple[CondIndepStackFrame, ...]:
     return tuple(f for f in msg["cond_indep_stack"] if f.vectorized)
 
 
-def particle_plate(size: int, *, dim: int | None, outside: EnclosingPlates) -> Callable[[Program], Program]:
-    """What puts a program into the plates around it: the enclosing ones, and the particles' where they run together."""
+def particle_plates(plates: Sequence[tuple[int, int, Callable[[Site], bool]]], outside: EnclosingPlates) -> Around:
+    """What puts a program into the plates around it: the enclosing ones, and the particles' where they run together.
+
+    Args:
+        plates: size, dimension, and the sites that have these particles.
+        outside: the enclosing ones.
+    """
 
     def around(fn: Program) -> Program:
-        inner = fn if dim is None else ParticlePlate(f"_importance_particles_{-dim}", size, dim=dim)(fn)
-        return outside(inner)
+        for size, dim, holds in plates:
+            fn = ParticlePlate(f"_importance_particles_{-dim}", size, dim=dim, holds=holds)(fn)
+        return outside(fn)
 
     return around

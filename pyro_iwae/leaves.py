@@ -5,97 +5,111 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from pyro_iwae.cut import Cut
+from pyro_iwae.particles import Run
 from pyro_iwae.plates import Layout, Scale, Site
 from pyro_iwae.terms import Term, inner_scale, joined, one_scale, sum_columns
 from pyro_iwae.traces import Pair
+from pyro_iwae.ways import Ways
 
-__all__ = ["cut_of"]
+__all__ = ["cuts_of"]
+
+Tables = Sequence[Sequence[Term]]
 
 
-def cut_of(
-    pairs: Sequence[Pair], tables: Sequence[Sequence[Term]], layout: Layout, common: Scale | None, shape: Sequence[int]
-) -> Cut:
-    """The cut that belongs to log weights.
+def cuts_of(
+    pairs: Sequence[Pair],
+    tables: Sequence[Tables],
+    layouts: Sequence[Layout],
+    run: Run,
+    common: Scale | None,
+    shapes: Sequence[Sequence[int]],
+) -> list[Cut]:
+    """The cut that belongs to the log weights of each node of the plate tree.
 
     Args:
         pairs: the runs that were weighed.
-        tables: their terms.
-        layout: where the columns lie.
+        tables: for each node, the terms of the runs that hold its particles.
+        layouts: where the columns of each node lie.
+        run: how particles were run.
         common: the scale that stays outside the weights.
-        shape: of the weights, ``(particles, *plates)``.
+        shapes: of the log weights of each node, ``(*particles, *plates)``.
     """
+    names = {name for pair in pairs for name in pair.cuts}
+    parts = [
+        [joined([list(_parts(table, names, cut=cut)) for table in tables[i]], layout, shapes[i]) for cut in (False, True)]
+        for i, layout in enumerate(layouts)
+    ]
+    template = next((p for both in parts for p in both if p is not None), torch.zeros(()))
+    ways = _ways(pairs, layouts, run, template)
+    nodes: list[Site] = [pair.guide.nodes[name] for pair in pairs for name in pair.cuts]
+    scale = one_scale([inner_scale(site, layouts[run.tree.home(site)], common) for site in nodes])
+    downstream = next(_downstream(pairs, [t for node in tables for t in node]), None)
+    zeros = [template.new_zeros(shape) for shape in shapes]
+    return [
+        Cut(ways, zero if rest is None else rest, zero if log_q is None else log_q, scale, downstream)
+        for zero, (rest, log_q) in zip(zeros, parts, strict=True)
+    ]
+
+
+def _ways(pairs: Sequence[Pair], layouts: Sequence[Layout], run: Run, template: Tensor) -> Ways:
     sites = [(pair, name) for pair in pairs for name in pair.cuts]
     for pair, name in sites:
         pair.cuts[name].require_unwritten(name)
     nodes: list[Site] = [pair.guide.nodes[name] for pair, name in sites]
-    rest, log_q = (
-        joined([list(_parts(pair, table, cut=cut)) for pair, table in zip(pairs, tables, strict=True)], layout, shape)
-        for cut in (False, True)
-    )
-    known = log_q if rest is None else rest
-    template = torch.zeros(shape) if known is None else known
+    values = [pair.cuts[name].value for pair, name in sites]
+    homes, root = [run.tree.home(site) for site in nodes], layouts[0]
 
-    def gather(values: Sequence[Tensor]) -> Tensor:
-        """Sums over particles and over all that is not an independent plate."""
+    def gather(slopes: Sequence[Tensor]) -> Tensor:
+        """Sums over particles and over all that is not an independent plate of the root."""
         parts = []
-        for site, value in zip(nodes, values, strict=True):
+        for site, value in zip(nodes, slopes, strict=True):
             event_dim = site["fn"].event_dim
             value = value.sum(list(range(-event_dim, 0))) if event_dim else value
-            parts.append((layout.element(site), layout.columns(value).sum(0, keepdim=True)))
-        found = sum_columns(parts, layout)
-        return template.new_zeros(shape[1:]) if found is None else found.squeeze(0)
+            parts.append((root.element(site), root.columns(value).sum(0, keepdim=True)))
+        found = sum_columns(parts, root)
+        return template.new_zeros([p.size for p in root.plates]) if found is None else found.squeeze(0)
 
-    def spread(columns: Tensor) -> list[Tensor]:
-        """Rows of the particles of each run, laid along its values."""
-        rows = iter(columns.split([_particles(pair, layout) for pair in pairs]))
+    def spread(columns: Sequence[Tensor]) -> list[Tensor]:
+        """Each value's own particles, laid along it."""
         found = []
-        for pair in pairs:
-            row = next(rows)
-            for name, cut_site in pair.cuts.items():
-                site, value = pair.guide.nodes[name], cut_site.value
-                if layout.particle_dim is None:
-                    found.append(layout.align(row, site, value.unsqueeze(0)).squeeze(0))
-                else:
-                    found.append(layout.align(row, site, value))
+        for (pair, _), site, value, home in zip(sites, nodes, values, homes, strict=True):
+            layout, rows = layouts[home], columns[home]
+            if not layout.particle_dims:  # one particle
+                for i in run.tree.path(home):
+                    rows = rows[pair.place.get(i, 0) if len(rows) > 1 else 0]
+                rows = rows.unsqueeze(0)
+                found.append(layout.align(rows, site, value.unsqueeze(0)).squeeze(0))
+            else:
+                found.append(layout.lay(rows, site, value))
         return found
 
-    return Cut(
+    return Ways(
         names=tuple(name for _, name in sites),
-        values=tuple(pair.cuts[name].value for pair, name in sites),
+        values=tuple(values),
         leaves=tuple(pair.cuts[name].leaf for pair, name in sites),
         masks=tuple(_mask(site) for site in nodes),
-        rest=torch.zeros_like(template) if rest is None else rest,
-        log_q=torch.zeros_like(template) if log_q is None else log_q,
-        scale=one_scale([inner_scale(site, layout, common) for site in nodes]),
-        downstream=next(_downstream(pairs, tables), None),
         gather=gather,
         spread=spread,
     )
 
 
-def _parts(pair: Pair, table: Sequence[Term], *, cut: bool) -> Iterator[tuple[tuple[int, ...] | None, Tensor | None]]:
+def _parts(
+    table: Sequence[Term], names: Collection[str], *, cut: bool
+) -> Iterator[tuple[tuple[int, ...] | None, Tensor | None]]:
     """Either log q of what was cut, or all else but log q of score-function sites."""
     for term in table:
-        if term.role == "guide" and term.name in pair.cuts:
+        if term.role == "guide" and term.name in names:
             if cut:
                 yield term.element, -term.value
         elif not cut:
             yield term.element, term.value if term.score_log_q is None else term.value + term.score_log_q
-
-
-def _particles(pair: Pair, layout: Layout) -> int:
-    """How many particles one run holds."""
-    if layout.particle_dim is None:
-        return 1
-    frames = (f for _, _, s in pair.sites() for f in s["cond_indep_stack"] if f.dim == layout.particle_dim)
-    return next((f.size for f in frames), 1)
 
 
 def _mask(site: Site) -> Tensor | None:
@@ -114,13 +128,14 @@ def _mask(site: Site) -> Tensor | None:
     return found
 
 
-def _downstream(pairs: Sequence[Pair], tables: Sequence[Sequence[Term]]) -> Iterator[tuple[str, str]]:
+def _downstream(pairs: Sequence[Pair], tables: Tables) -> Iterator[tuple[str, str]]:
     """Cut sites, and score-function sites whose law depends on them."""
-    for pair, table in zip(pairs, tables, strict=True):
-        leaves = [site.leaf for site in pair.cuts.values()]
+    names = [name for pair in pairs for name in pair.cuts]
+    leaves = [site.leaf for pair in pairs for site in pair.cuts.values()]
+    for table in tables:
         for term in table:
             if leaves and term.score is not None and term.score.requires_grad:
                 slopes = torch.autograd.grad(term.score.sum(), leaves, retain_graph=True, allow_unused=True)
-                for name, slope in zip(pair.cuts, slopes, strict=True):
+                for name, slope in zip(names, slopes, strict=True):
                     if slope is not None:
                         yield name, term.name

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -23,15 +23,20 @@ __all__ = ["LogWeights"]
 class LogWeights:
     """Unnormalised log importance weights of K particles, in nats, one column per independent plate element.
 
+    A node of the plate tree: where plates have particles of their own, each of the K weights holds the bounds of these
+    plates' elements, and ``children`` how they came about. Without such plates there is one node.
+
     For latents z and data x a weight is w = p(x, z) / q(z | x); see "Reinterpreting Importance-Weighted
     Autoencoders" (Cremer, Morris, Duvenaud 2017, https://arxiv.org/abs/1704.02916).
 
     Attributes:
-        log_weights: log w, shape ``(particles, *plates)``; differentiable where model and guide are.
+        log_weights: log w, shape ``(particles, *plates)``; differentiable where model and guide are. Of a child:
+            given each particle further out, ``(particles, *outer particles, *plates)``, the innermost outer first.
         plates: names of the independent plates, in the order of the trailing dimensions.
         scale: what multiplies each element's bound in the loss: the plate scale N/B of subsampled independent
             plates, times a ``poutine.scale`` that wraps model and guide alike. A number, or a tensor that
-            broadcasts to ``(*plates)``.
+            broadcasts to ``(*plates)``. Of a child: what multiplies it in its parent's log weights, the scale of the
+            plates that are not the parent's.
         constant: terms that no latent can change, already scaled, by the names of the independent plates
             that they lie in; added once, never weighed.
         tempered: whether a ``poutine.scale`` (annealing) acts *inside* the weights; then they are no evidence.
@@ -42,6 +47,9 @@ class LogWeights:
         score_scale: the scale of ``score_log_q``, where all of it has one; 1 where not.
         cut: the guide's reparameterised values, told apart from the parameters that made them; None unless an
             estimator asked for it.
+        children: nodes of the plates that have particles of their own, inside each particle of this one. Their
+            ``plates`` hold those of this node.
+        shared: whether the particles were drawn once for all particles further out, and not anew inside each.
 
     Example::
 
@@ -61,6 +69,8 @@ class LogWeights:
     score_log_q: Float[Tensor, "particles *plates"] | None = None
     score_scale: float | Tensor = 1.0
     cut: Cut | None = None
+    children: tuple[LogWeights, ...] = ()
+    shared: bool = False
 
     @property
     def num_particles(self) -> int:
@@ -86,6 +96,27 @@ class LogWeights:
         impossible = (self.log_weights == -math.inf).all(0)
         possible = torch.where(impossible, 0.0, self.log_weights)  # keeps NaN out of the gradient
         return torch.where(impossible, -math.inf, possible.logsumexp(0) - math.log(self.num_particles))
+
+    def grown(self, children: Sequence[LogWeights]) -> LogWeights:
+        """This node with children, whose bounds are added to its log weights."""
+        log_weights = self.log_weights
+        for child in children:
+            log_weights = log_weights + child.summed(child.bound(), self.plates)
+        return replace(self, log_weights=log_weights, children=tuple(children))
+
+    def summed(self, per_element: Tensor, plates: Sequence[str]) -> Tensor:
+        """Sums a value per element, ``(..., *plates)``, down to the elements of some of the plates; scaled."""
+        dims = [i - len(self.plates) for i, name in enumerate(self.plates) if name not in plates]
+        scaled = self.scale * per_element
+        return scaled.sum(dims) if dims else scaled
+
+    def laid(self, value: Tensor, plates: Sequence[str]) -> Tensor:
+        """Lays the parent's values, ``(..., *plates)`` with some of this node's plates, along this node's."""
+        first = value.dim() - len(plates)
+        for i, name in enumerate(self.plates):
+            if name not in plates:
+                value = value.unsqueeze(first + i)
+        return value
 
     def total(self, per_element: Float[Tensor, "*plates"]) -> Float[Tensor, ""]:
         """Sums a value per element as the loss does: scaled, over all elements, constants added once."""

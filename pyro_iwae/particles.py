@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -18,11 +18,13 @@ from pyro.poutine.runtime import _ENUM_ALLOCATOR
 from torch import Tensor
 
 from pyro_iwae.blocks import model_in_blocks
-from pyro_iwae.handlers import EnclosingPlates, Minibatch, particle_plate
+from pyro_iwae.drawn import settable
+from pyro_iwae.handlers import EnclosingPlates, Minibatch, particle_plates
 from pyro_iwae.plates import Site, latent_sites
 from pyro_iwae.traces import Pair, Recording, run_given, run_pair
+from pyro_iwae.tree import Tree
 
-__all__ = ["Call", "Run", "run_model", "run_particles"]
+__all__ = ["Call", "Run", "run_model", "run_particles", "runs_of"]
 
 Program = Callable[..., Any]
 
@@ -51,25 +53,47 @@ class Run:
     """How particles are run.
 
     Attributes:
-        depth: dimensions taken by the plates of model and guide; the plate of particles comes left of them.
+        depth: dimensions taken by the plates of model and guide; the plates of particles come left of them.
         vectorized: all particles in one pass, or one after the other.
         enumerated: whether the model has sites to be summed out.
+        tree: which plates have particles of their own.
     """
 
     depth: int
     vectorized: bool
     enumerated: bool
+    tree: Tree = field(default_factory=Tree)
+
+    def is_wide(self, num_particles: int) -> bool:
+        """Whether traces have dimensions of particles; if not, each trace is one particle."""
+        return self.vectorized and (num_particles > 1 or self.tree.grows)
+
+    def particle_dims(self, num_particles: int, node: int = 0) -> tuple[int, ...]:
+        """The dimensions of a node's particles and of those further out in a trace; none where it is one particle."""
+        return tuple(-self.depth - 1 - i for i in self.tree.path(node)) if self.is_wide(num_particles) else ()
 
     def particle_dim(self, num_particles: int) -> int | None:
-        """The dimension of the particles in a trace; None where each trace is one particle."""
-        return -self.depth - 1 if self.vectorized and num_particles > 1 else None
+        """The dimension of the particles of the root."""
+        return -self.depth - 1 if self.is_wide(num_particles) else None
+
+    def width(self, num_particles: int) -> int:
+        """Dimensions taken by plates and particles."""
+        return self.depth + (len(self.tree.nodes) if self.is_wide(num_particles) else 0)
 
     def enumerate_from(self, num_particles: int) -> int | None:
         """The first dimension that is free for enumerated sites; None where there are none."""
-        if not self.enumerated:
-            return None
-        dim = self.particle_dim(num_particles)
-        return -1 - self.depth if dim is None else dim - 1
+        return -1 - self.width(num_particles) if self.enumerated else None
+
+    def plates(self, num_particles: int, *, guide: bool) -> list[tuple[int, int, Callable[[Site], bool]]]:
+        """The plates of particles: size, dimension, and the sites that have them."""
+        tree = self.tree
+
+        def holds(node: int) -> Callable[[Site], bool]:
+            if guide and tree.combined:  # particles that serve all those further out are drawn once
+                return lambda site: tree.home(site) == node
+            return lambda site: node in tree.path(tree.home(site))
+
+        return [(count, -self.depth - 1 - i, holds(i)) for i, count in enumerate(tree.counts(num_particles))]
 
 
 def run_particles(
@@ -81,7 +105,7 @@ def run_particles(
     values: Mapping[str, Tensor] | None = None,
     recording: Recording | None = None,
 ) -> list[Pair]:
-    """Runs K particles: one pair of traces if vectorised, else K pairs.
+    """Runs K particles: one pair of traces if vectorised, else K pairs, or one for each leaf of the plate tree.
 
     Args:
         call: what to run.
@@ -91,40 +115,90 @@ def run_particles(
         values: values for latents of the guide, each of shape ``(particles, *site shape)``.
         recording: what to record for back-propagation; None is all, and no cut.
     """
-    dim = run.particle_dim(num_particles)
-
-    def once(around: Callable[[Program], Program], given: Mapping[str, Tensor] | None) -> Pair:
-        return run_pair(
-            call.model,
-            call.guide,
-            call.args,
-            call.kwargs,
-            around=around,
-            values=given,
-            enumerate_from=run.enumerate_from(num_particles),
-            recording=recording,
-            replay=replay,
-        )
-
     outside = EnclosingPlates(call.enclosing)  # within poutine.replay, as plates must be to broadcast
-    block, replay = None if recording is None else recording.block, None
-    if dim is not None and block is not None and num_particles > block:
-        replay = partial(
-            model_in_blocks,
-            call.model,
-            call.args,
-            call.kwargs,
-            num_particles=num_particles,
-            block=block,
-            plate=partial(particle_plate, dim=dim, outside=outside),
-            dim=dim,
-            enumerate_from=run.enumerate_from(num_particles),
-        )
+    wide = run.is_wide(num_particles)
+    around, around_guide = (
+        particle_plates(run.plates(num_particles, guide=guide) if wide else (), outside) for guide in (False, True)
+    )
+    once = partial(
+        run_pair,
+        call.model,
+        call.guide,
+        call.args,
+        call.kwargs,
+        around=around,
+        around_guide=around_guide,
+        enumerate_from=run.enumerate_from(num_particles),
+        recording=recording,
+        replay=_in_blocks(call, run, num_particles, recording, outside) if wide else None,
+    )
     with unchanged_enumeration(), minibatch:
-        if dim is not None:
-            return [once(particle_plate(num_particles, dim=dim, outside=outside), values)]
+        if wide:
+            return [once(values=values)]
+        if run.tree.grows:
+            return _one_by_one(once, run.tree, num_particles)
         singles = [{n: v[k] for n, v in (values or {}).items()} for k in range(num_particles)]
-        return [once(particle_plate(1, dim=None, outside=outside), single) for single in singles]
+        return [replace(once(values=single), place={0: k}) for k, single in enumerate(singles)]
+
+
+def _in_blocks(
+    call: Call, run: Run, num_particles: int, recording: Recording | None, outside: EnclosingPlates
+) -> Callable[[Trace], Trace] | None:
+    """What runs the model in blocks of particles, if that is asked for."""
+    block = None if recording is None else recording.block
+    if block is None or num_particles <= block:
+        return None
+    dim = -run.depth - 1
+    return partial(
+        model_in_blocks,
+        call.model,
+        call.args,
+        call.kwargs,
+        num_particles=num_particles,
+        block=block,
+        plate=lambda size: particle_plates(run.plates(size, guide=False), outside),
+        dim=dim,
+        enumerate_from=run.enumerate_from(num_particles),
+    )
+
+
+def _one_by_one(once: Callable[..., Pair], tree: Tree, num_particles: int) -> list[Pair]:
+    """A run for each leaf of the plate tree, on values that earlier runs have drawn for the particles around it."""
+    drawn: dict[tuple[str, tuple[int, ...]], Tensor] = {}
+    homes: dict[str, int] = {}
+    pairs = []
+    for place in _places(tree, tree.counts(num_particles)):
+
+        def particle(node: int, place: Mapping[int, int] = place) -> tuple[int, ...]:
+            return (place[node],) if tree.combined else tuple(place[i] for i in tree.path(node))
+
+        given = {n: drawn[n, particle(home)] for n, home in homes.items() if (n, particle(home)) in drawn}
+        pair = replace(once(values=given), place=place)
+        for name, site in latent_sites(pair.guide):
+            if settable(site):
+                homes[name] = tree.home(site)
+                drawn.setdefault((name, particle(homes[name])), site["value"])
+        pairs.append(pair)
+    return pairs
+
+
+def _places(tree: Tree, counts: Sequence[int], node: int = 0) -> list[dict[int, int]]:
+    """Particles of each node such that every one is met in every one around it; nodes side by side go together."""
+    inside = [_places(tree, counts, child) for child in tree.children(node)]
+    most = max((len(places) for places in inside), default=1)
+    rows = [{k: v for places in inside for k, v in places[j % len(places)].items()} for j in range(most)]
+    return [{node: i, **row} for i in range(counts[node]) for row in rows]
+
+
+def runs_of(pairs: Sequence[Pair], run: Run, node: int, num_particles: int) -> list[Pair]:
+    """The runs that hold a node's particles, in the order of its log weights."""
+    if run.vectorized or not run.tree.grows:
+        return list(pairs)
+    path = run.tree.path(node)
+    first: dict[tuple[int, ...], Pair] = {}
+    for pair in pairs:
+        first.setdefault(tuple(pair.place[i] for i in path), pair)
+    return [first[index] for index in run.tree.grid(node, num_particles)]
 
 
 def run_model(
@@ -139,9 +213,9 @@ def run_model(
         run: how; vectorised whatever K is, if at all.
         minibatch: the indices to share.
     """
-    dim = -run.depth - 1 if run.vectorized else None
-    model = particle_plate(num_particles, dim=dim, outside=EnclosingPlates(call.enclosing))(call.model)
-    rows: Sequence[Any] = [slice(None)] if dim is not None else range(num_particles)
+    plates = run.plates(num_particles, guide=False) if run.vectorized else ()
+    model = particle_plates(plates, EnclosingPlates(call.enclosing))(call.model)
+    rows: Sequence[Any] = [slice(None)] if run.vectorized else range(num_particles)
     with unchanged_enumeration(), minibatch:
         return [
             run_given(model, {n: v[row] for n, v in values.items()}, call.args, call.kwargs, run.enumerate_from(2))

@@ -12,8 +12,8 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterable, Iterator
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -113,7 +113,8 @@ class Layout:
     """Where the columns of the weights lie: sequential plates first, then vectorised ones from left to right."""
 
     plates: tuple[IndependentPlate, ...] = ()
-    particle_dim: int | None = None  # of a vectorised run; in a sequential one each trace is one particle
+    particle_dims: tuple[int, ...] = ()  # of a vectorised run; in a sequential one each trace is one particle
+    holds: Callable[[Site], bool] = lambda site: True  # whose sites, where plates have particles of their own
 
     @property
     def sequential(self) -> tuple[IndependentPlate, ...]:
@@ -130,7 +131,7 @@ class Layout:
     def keeping(self, plates: Iterable[IndependentPlate]) -> Layout:
         """The same layout with only these of its plates."""
         chosen = set(plates)
-        return Layout(tuple(p for p in self.plates if p in chosen), self.particle_dim)
+        return replace(self, plates=tuple(p for p in self.plates if p in chosen))
 
     def plates_of(self, site: Site) -> tuple[IndependentPlate, ...]:
         """The independent plates that contain the site."""
@@ -149,26 +150,37 @@ class Layout:
         return [f for f in site["cond_indep_stack"] if f not in own and not self._is_particle_frame(f)]
 
     def _is_particle_frame(self, frame: CondIndepStackFrame) -> bool:
-        return self.particle_dim is not None and frame.dim == self.particle_dim
+        return frame.vectorized and frame.dim in self.particle_dims
 
     def columns(self, value: Tensor, dims: tuple[int, ...] | None = None) -> Tensor:
         """Sums a site's values down to ``(particles, *dims)``; dims are those of the vectorised plates."""
         dims = self.dims if dims is None else dims
-        kept = dims if self.particle_dim is None else (self.particle_dim, *dims)
+        kept = (*self.particle_dims, *dims)
         missing = -min(kept, default=0) - value.dim()
         if missing > 0:
             value = value.reshape((1,) * missing + value.shape)
         summed = [d for d in range(-value.dim(), 0) if d not in kept]
         if summed:
             value = value.sum(summed)
-        return value.unsqueeze(0) if self.particle_dim is None else value
+        return value if self.particle_dims else value.unsqueeze(0)
 
-    def align(self, columns: Tensor, site: Site, value: Tensor) -> Tensor:
-        """Shapes something per column, ``(n, *plates)``, to select within ``value``, ``(n, *site shape)``."""
+    def lay(self, columns: Tensor, site: Site, value: Tensor) -> Tensor:
+        """Lays columns, ``(*particles, *plates)``, along a value of a site in a run of all particles."""
+        first, event_dim = max(1, len(self.particle_dims)), site["fn"].event_dim
+        for index in self._element_of(site):
+            columns = columns.select(first, index)
+        sizes = dict(zip((*self.particle_dims, *self.dims), columns.shape, strict=True))
+        return columns.reshape([sizes.get(d, 1) for d in range(event_dim - value.dim(), 0)] + [1] * event_dim)
+
+    def _element_of(self, site: Site) -> tuple[int, ...]:
         element = self.element(site)
         if element is None:
             raise ValueError(f"site '{site['name']}' lies outside the independent plates {self.plates}")
-        for index in element:
+        return element
+
+    def align(self, columns: Tensor, site: Site, value: Tensor) -> Tensor:
+        """Shapes something per column, ``(n, *plates)``, to select within ``value``, ``(n, *site shape)``."""
+        for index in self._element_of(site):
             columns = columns[:, index]
         event_dim = site["fn"].event_dim
         sizes = dict(zip(self.dims, columns.shape[1:], strict=True))
@@ -176,21 +188,39 @@ class Layout:
         return columns.reshape([columns.shape[0], *batch] + [1] * event_dim)
 
 
-def candidates(model_trace: Trace, guide_trace: Trace, particle_dim: int | None = None) -> Layout:
-    """The plates that contain every latent of model and guide (every site at all, where there is no latent)."""
+def candidates(
+    model_trace: Trace,
+    guide_trace: Trace,
+    particle_dims: tuple[int, ...] = (),
+    holds: Callable[[Site], bool] = lambda site: True,
+) -> Layout:
+    """The plates that contain every latent of model and guide (every site at all, where there is no latent).
+
+    Args:
+        model_trace: a run of the model.
+        guide_trace: the guide's.
+        particle_dims: dimensions of particles in these runs.
+        holds: whether a site counts.
+    """
     traces = (model_trace, guide_trace)
     sites = [s for t in traces for _, s in latent_sites(t)] or [s for t in traces for _, s in sample_sites(t)]
-    sites = [s for s in sites if not s["infer"].get("_deterministic")]
+    sites = [s for s in sites if holds(s) and not s["infer"].get("_deterministic")]
     if not sites:
-        return Layout((), particle_dim)
-    frames = [f for f in sites[0]["cond_indep_stack"] if particle_dim is None or f.dim != particle_dim]
+        return Layout((), particle_dims)
+    frames = [f for f in sites[0]["cond_indep_stack"] if f.dim is None or f.dim not in particle_dims]
     plates = [IndependentPlate(f.name, f.dim, frame_size(f, sites[0]), plate_scale(f)) for f in frames]
     shared = [p for p in plates if all(p.frame_of(s) is not None for s in sites)]
     shared.sort(key=lambda p: -math.inf if p.dim is None else p.dim)
-    return Layout(tuple(shared), particle_dim)
+    return Layout(tuple(shared), particle_dims)
 
 
-def signature(model_trace: Trace, guide_trace: Trace, particle_dim: int | None = None) -> tuple[Any, ...]:
+def label(name: str, site: Site) -> str:
+    """The name; without its numbers in a sequential plate, where they tell the element."""
+    looped = any(not f.vectorized for f in site["cond_indep_stack"])
+    return re.sub(r"\d+", "#", name) if looped else name
+
+
+def signature(model_trace: Trace, guide_trace: Trace, particle_dims: Collection[int] = ()) -> tuple[Any, ...]:
     """What must stay the same for a verdict on a model and guide to hold: sites, plates, which sizes agree."""
     sizes: dict[int | None, list[int]] = {}
 
@@ -202,12 +232,7 @@ def signature(model_trace: Trace, guide_trace: Trace, particle_dim: int | None =
 
     def frames_of(site: Site) -> tuple[Any, ...]:
         stack = site["cond_indep_stack"]
-        return tuple(frame_signature(f) for f in stack if particle_dim is None or f.dim != particle_dim)
-
-    def label(name: str, site: Site) -> str:
-        """The name; without its numbers in a sequential plate, where they tell the element."""
-        looped = any(not f.vectorized for f in site["cond_indep_stack"])
-        return re.sub(r"\d+", "#", name) if looped else name
+        return tuple(frame_signature(f) for f in stack if f.dim is None or f.dim not in particle_dims)
 
     return tuple(
         (label(name, site), site["is_observed"], site["infer"].get("enumerate"), frames_of(site))

@@ -54,7 +54,7 @@ def select(call: Call, particles: Particles, index: Tensor) -> Selection:
     if particles.structure.run.enumerated:
         trace = _draw_enumerated(call, chosen, particles.minibatch, particles.structure.run.depth)
         drawn = dict(latent_sites(trace))
-        log_p = joint_log_density(trace, particles.pairs[0].guide, Layout(layout.plates, None)).squeeze(0)
+        log_p = joint_log_density(trace, particles.pairs[0].guide, Layout(layout.plates)).squeeze(0)
         sites |= drawn
         chosen |= {n: s["value"] for n, s in drawn.items()}
     values, sites = _of_model(chosen, sites)

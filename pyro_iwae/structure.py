@@ -16,7 +16,7 @@ from pyro.poutine.messenger import _bound_partial
 from pyro.poutine.scale_messenger import ScaleMessenger
 
 from pyro_iwae.particles import Run
-from pyro_iwae.plates import IndependentPlate, Layout, candidates, signature
+from pyro_iwae.plates import IndependentPlate, Layout, Site, candidates, signature
 from pyro_iwae.traces import Pair
 
 __all__ = ["Structure", "StructureCache", "plate_key"]
@@ -32,6 +32,7 @@ class Structure:
         run: how particles are run.
         signature: the sites and plates for which the verdict holds.
         independent: keys of the independent plates: the dimension of a vectorised one, the name of a sequential one.
+        joint: for each plate that could not have particles of its own, why.
         mixed: for each plate that contains every latent but is not independent, the site that prevents it.
         batch_dims: batch dimensions of each latent's value in a run without particles.
         conclusive: False where the particles of the check were all alike, so that it could see nothing.
@@ -46,6 +47,7 @@ class Structure:
     signature: tuple[Any, ...]
     independent: frozenset[int | str] = frozenset()
     mixed: Mapping[str, str] = field(default_factory=dict)
+    joint: Mapping[str, str] = field(default_factory=dict)
     batch_dims: Mapping[str, int] = field(default_factory=dict)
     conclusive: bool = True
     attempts: int = 1
@@ -64,14 +66,34 @@ class Structure:
         """Whether to go by this verdict, or to look again: at chance, or at modules whose mode has changed since."""
         return self.current and (self.conclusive or self.attempts >= MOST_ATTEMPTS)
 
+    def layouts(self, pair: Pair, num_particles: int) -> list[Layout]:
+        """Where the columns of each node of the plate tree lie in these traces; the root first."""
+        tree, found = self.run.tree, list[Layout]()
+        every = self._particle_dims(num_particles)
+        for i, node in enumerate(tree.nodes):
+            inside = tree.inside(i)
+            layout = candidates(pair.model, pair.guide, every, lambda site, inside=inside: tree.home(site) in inside)
+            keys = self.independent if i == 0 else node.keys
+            known = {} if node.parent is None else {plate_key(p): p for p in found[node.parent].plates}
+            plates = tuple(known.get(plate_key(p), p) for p in layout.plates if plate_key(p) in keys)
+            holds = partial(self._holds, i)
+            found.append(Layout(plates, self.run.particle_dims(num_particles, i), holds))
+        return found
+
+    def _holds(self, node: int, site: Site) -> bool:
+        return self.run.tree.home(site) == node
+
     def layout(self, pair: Pair, num_particles: int) -> Layout:
-        """Where the columns lie in these traces."""
-        found = candidates(pair.model, pair.guide, self.run.particle_dim(num_particles))
-        return found.keeping(p for p in found.plates if plate_key(p) in self.independent)
+        """Where the columns of the root lie."""
+        return self.layouts(pair, num_particles)[0]
+
+    def _particle_dims(self, num_particles: int) -> tuple[int, ...]:
+        nodes = range(len(self.run.tree.nodes))
+        return tuple({d for i in nodes for d in self.run.particle_dims(num_particles, i)})
 
     def signature_of(self, pair: Pair, num_particles: int) -> tuple[Any, ...]:
         """The sites and plates of these traces, to compare with those of the verdict."""
-        return signature(pair.model, pair.guide, self.run.particle_dim(num_particles))
+        return signature(pair.model, pair.guide, self._particle_dims(num_particles))
 
     def describes(self, pair: Pair, num_particles: int) -> bool:
         """Whether sites and plates are those of the verdict."""

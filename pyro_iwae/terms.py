@@ -63,9 +63,9 @@ class Term:
         return self.role, self.name
 
 
-def model_log_density(pair: Pair, layout: Layout) -> Tensor:
+def model_log_density(pair: Pair, layout: Layout, common: Scale | None) -> Tensor:
     """log p(x, z) of each particle and independent element, ``(particles, *plates)``, as it enters the weights."""
-    terms = terms_of(pair, layout, outer_scale(pair, layout))
+    terms = terms_of(pair, layout, common)
     log_p = sum_columns([(t.element, t.value) for t in terms if t.role == "model"], layout)
     return torch.zeros((1,) * (1 + len(layout.plates))) if log_p is None else log_p
 
@@ -94,7 +94,7 @@ def outer_scale(pair: Pair, layout: Layout) -> Scale | None:
 
 
 def weighed_sites(pair: Pair, layout: Layout) -> list[Site]:
-    """The sites that enter the weights."""
+    """The sites that enter the weights, those in plates with particles of their own too."""
     return [s for _, _, s in pair.sites() if layout.element(s) is not None and not is_zero(s)]
 
 
@@ -115,9 +115,10 @@ def terms_of(pair: Pair, layout: Layout, common: Scale | None) -> list[Term]:
     terms = [
         _term(role, name, site, layout, common)
         for role, name, site in pair.sites()
-        if not (role == "model" and name in enumerated)
+        if layout.holds(site) and not (role == "model" and name in enumerated)
     ]
-    return terms + _contracted_terms(pair, layout, common, enumerated) if enumerated else terms
+    factors = {n: f for n, f in enumerated.items() if layout.holds(pair.model.nodes[n])}
+    return terms + _contracted_terms(pair, layout, common, factors) if factors else terms
 
 
 def inner_scale(site: Site, layout: Layout, common: Scale | None) -> Scale:
@@ -184,13 +185,16 @@ def sum_columns(parts: Sequence[tuple[tuple[int, ...] | None, Tensor]], layout: 
 def joined(
     tables: Sequence[Sequence[tuple[tuple[int, ...] | None, Tensor | None]]], layout: Layout, shape: Sequence[int]
 ) -> Tensor | None:
-    """The columns of all runs, one below the other, ``(particles, *plates)``; None where none has anything to add."""
+    """The columns of all runs, one below the other, in the shape of the log weights; None where there are none."""
     blocks = [sum_columns([(e, v) for e, v in table if v is not None], layout) for table in tables]
     known = [b for b in blocks if b is not None]
     if not known:
         return None
     filled = [torch.zeros_like(known[0]) if b is None else b for b in blocks]
-    return (torch.cat(filled) if len(filled) > 1 else filled[0]).expand(shape)
+    if layout.particle_dims:
+        return filled[0].expand(shape)
+    rows = torch.cat(filled)
+    return rows.reshape(*shape[: len(shape) - len(layout.plates)], *rows.shape[1:]).expand(shape)
 
 
 def _elements(sizes: Sequence[int]) -> list[tuple[int, ...]]:
@@ -233,7 +237,7 @@ def _contracted_terms(pair: Pair, layout: Layout, common: Scale | None, factors:
             f"site '{groups[None][0]}' lies outside the independent plates but depends on an enumerated site inside "
             f"({', '.join(p.name for p in layout.plates)}); move it into them, or sample that site in the guide"
         )
-    kept = set(layout.dims) | ({layout.particle_dim} if layout.particle_dim is not None else set())
+    kept = {*layout.dims, *layout.particle_dims}
     enum_symbols = {
         s["infer"]["_enumerate_symbol"] for n, s in sample_sites(pair.model) if "_enumerate_symbol" in s["infer"]
     }

@@ -126,13 +126,20 @@ class LogMean(Totals):
         share, scale = self.slope(log_weights), scale * self.power
         return share * ((1.0 - scale) + scale * share)  # v - s (v - v^2) without cancellation
 
+    def log_shares(
+        self, log_weights: Float[Tensor, "particles *plates"]
+    ) -> tuple[Float[Tensor, "particles *plates"], Float[Tensor, "particles *plates"]]:
+        """Logarithms of the slope and of 1 - slope, the latter right to rounding also where the slope is almost 1."""
+        terms = log_weights.detach() * self.power
+        share = torch.where(self.largest.isinf(), -math.inf, terms - self.log_sum)
+        others = torch.log1p(-share.clamp(max=-math.log(2.0)).exp())  # any but the largest has at most half
+        others = torch.where((terms == self.largest) & self.largest.isfinite(), self.rest - self.log_sum, others)
+        return share, others
+
     def control(
         self, log_weights: Float[Tensor, "particles *plates"], *, balance: float | Tensor = 0.0
     ) -> Float[Tensor, "particles *plates"]:
-        terms = log_weights.detach() * self.power
-        share = (terms - self.log_sum).clamp(max=-math.log(2.0))  # any but the largest has at most half
-        others = self.log_sum + torch.log1p(-share.exp())
-        others = torch.where(terms == self.largest, self.rest, others)
+        others = self.log_sum + self.log_shares(log_weights)[1]
         log_mean = others - math.log(self.count - 1)
         return (log_mean + balance * self.power * math.log1p(-1.0 / self.count)) / self.power
 

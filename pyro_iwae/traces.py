@@ -39,6 +39,7 @@ class Pair:
     model: Trace
     guide: Trace
     cuts: Mapping[str, CutSite] = field(default_factory=dict)
+    place: Mapping[int, int] = field(default_factory=dict)  # a particle of each node of the plate tree, if run one by one
 
     def sites(self) -> Iterator[tuple[str, str, Site]]:
         """(role, name, site) for all sample sites of both."""
@@ -100,6 +101,7 @@ def run_pair(
     kwargs: Mapping[str, Any],
     *,
     around: Callable[[Callable[..., Any]], Callable[..., Any]] = lambda fn: fn,
+    around_guide: Callable[[Callable[..., Any]], Callable[..., Any]] | None = None,
     values: Mapping[str, Tensor] | None = None,
     enumerate_from: int | None = None,
     matched: bool = True,
@@ -114,6 +116,7 @@ def run_pair(
         args: positional arguments of both.
         kwargs: keyword arguments of both.
         around: wraps model and guide, as the plate of particles does.
+        around_guide: wraps the guide, if that is another way.
         values: values that latents of the guide are given in place of a draw.
         enumerate_from: the first free dimension for enumerated model sites; None where there are none.
         matched: whether to raise where the latents of model and guide are not the same.
@@ -122,17 +125,18 @@ def run_pair(
     """
     recording = Recording() if recording is None else recording
     given = SetValues(values or {})
-    cutting = CutValues() if recording.cut else nullcontext(None)
+    cutting = CutValues(values or ()) if recording.cut else nullcontext(None)
+    around_guide = around if around_guide is None else around_guide
     of_model = nullcontext if recording.model else torch.no_grad
     messenger: Any = poutine.unwrap(guide)
     if isinstance(messenger, GuideMessenger):  # runs model and guide together
         _require_apart(messenger, enumerate_from, recording)
         with given, cutting as cuts:
-            around(guide)(*args, **kwargs)
+            around_guide(guide)(*args, **kwargs)
         model_trace, guide_trace = messenger.get_traces()
     else:
         with given, cutting as cuts:
-            guide_trace = poutine.trace(around(guide)).get_trace(*args, **kwargs)
+            guide_trace = poutine.trace(around_guide(guide)).get_trace(*args, **kwargs)
         with of_model():
             if replay is None:
                 replayed = poutine.replay(enumerating(around(model), enumerate_from), trace=guide_trace)

@@ -10,37 +10,49 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from pyro.poutine.indep_messenger import CondIndepStackFrame
 from torch import Tensor
 
-from pyro_iwae.densities import infinity_message, nan_message
+from pyro_iwae.densities import infinity_message, log_prob_of, nan_message
 from pyro_iwae.drawn import settable
 from pyro_iwae.handlers import Minibatch
 from pyro_iwae.inspection import inspect
-from pyro_iwae.leaves import cut_of
+from pyro_iwae.leaves import cuts_of
 from pyro_iwae.logweights import LogWeights
-from pyro_iwae.particles import Call, run_particles
+from pyro_iwae.particles import Call, Run, run_particles, runs_of
 from pyro_iwae.plates import Layout, Scale, Site, is_subsampled, latent_sites, own_scale, same_scale
 from pyro_iwae.structure import Structure, StructureCache
 from pyro_iwae.terms import Term, joined, one_scale, outer_scale, terms_of, weighed_sites
 from pyro_iwae.traces import Pair, Recording, require_site_shapes
+from pyro_iwae.tree import PlateParticles, Tree
 
 __all__ = ["Particles", "constants_of", "subsampling_problem", "weigh", "weigh_particles"]
 
 
 @dataclass(frozen=True)
 class Particles:
-    """K weighed particles and what they came from."""
+    """K weighed particles and what they came from; ``layouts`` of all nodes of the plate tree."""
 
     weights: LogWeights
     pairs: list[Pair]
-    layout: Layout
+    layouts: list[Layout]
     structure: Structure
     minibatch: Minibatch
+
+    @property
+    def layout(self) -> Layout:
+        """Where the columns of the root lie."""
+        return self.layouts[0]
+
+    @property
+    def common(self) -> Scale | None:
+        """The scale that stays outside the weights."""
+        return outer_scale(self.pairs[0], self.layout)
 
 
 def weigh_particles(
@@ -55,6 +67,7 @@ def weigh_particles(
     values: Mapping[str, Any] | None = None,
     averaged: bool = True,
     recording: Recording | None = None,
+    plate_particles: PlateParticles | None = None,
 ) -> Particles:
     """Runs and weighs K particles; model and guide are inspected when they, their sites or their plates are new.
 
@@ -69,14 +82,21 @@ def weigh_particles(
         values: values for latents of the guide, as a run of K particles wants them.
         averaged: whether the K weights are to be averaged; False where each is wanted for itself.
         recording: what to record for back-propagation; None is all, and no cut.
+        plate_particles: the plates that have particles of their own.
     """
     recording = Recording() if recording is None else recording
     plates = tuple((f.name, f.dim) for f in call.enclosing)
-    key = cache.key(call.model, call.guide, plates, vectorize, max_plate_nesting)
+    key = cache.key(call.model, call.guide, plates, vectorize, max_plate_nesting, plate_particles)
     minibatch = Minibatch() if minibatch is None else minibatch
 
     def look() -> Structure:
-        structure = inspect(call, vectorize=vectorize, max_plate_nesting=max_plate_nesting, minibatch=minibatch)
+        structure = inspect(
+            call,
+            vectorize=vectorize,
+            max_plate_nesting=max_plate_nesting,
+            minibatch=minibatch,
+            plate_particles=plate_particles,
+        )
         structure = _announce(structure, num_particles, warn_of_enumeration, cache.latest(key))
         attempts = known.attempts + 1 if known is not None and known.current else 1
         structure = replace(structure, probe=None, attempts=attempts)
@@ -114,27 +134,34 @@ def weigh_particles(
         if structure.run != before:
             pairs = run(structure)
     for pair in pairs:
-        require_site_shapes(pair, structure.run.depth + (structure.run.particle_dim(num_particles) is not None))
+        require_apart(pair, structure.run, num_particles)
+        require_site_shapes(pair, structure.run.width(num_particles))
     if recording.cut:
         _announce_cuts(pairs[0], cache.said)
-    layout = _common_layout(structure, pairs, num_particles)
-    if averaged and num_particles > 1:
-        require_full_plates(pairs[0], layout)
-    return Particles(weigh(pairs, layout, num_particles, cut=recording.cut), pairs, layout, structure, minibatch)
+    layouts = _common_layouts(structure, pairs, num_particles)
+    if averaged:
+        require_full_plates(pairs[0], layouts, structure.run.tree, num_particles)
+    weights = weigh(pairs, layouts, structure.run, num_particles, cut=recording.cut)
+    return Particles(weights, pairs, layouts, structure, minibatch)
 
 
-def _common_layout(structure: Structure, pairs: Sequence[Pair], num_particles: int) -> Layout:
+def _common_layouts(structure: Structure, pairs: Sequence[Pair], num_particles: int) -> list[Layout]:
     """The columns that all runs have; one weight for everything where sites change from particle to particle."""
-    layout = structure.layout(pairs[0], num_particles)
+    layouts = structure.layouts(pairs[0], num_particles)
     if all(structure.describes(p, num_particles) for p in pairs):
-        return layout
+        return layouts
     if structure.run.vectorized and num_particles > 1:
         raise ValueError(
             "expected model and guide to have the same sites and plates in every run, got different ones in two runs "
             f"with the same arguments (latents: {sorted(n for n, _ in latent_sites(pairs[0].guide))}); if the "
             "structure follows the latents, pass vectorize_particles=False"
         )
-    return layout.keeping(())
+    if structure.run.tree.grows:
+        raise ValueError(
+            "expected model and guide to have the same sites and plates in every run, as plate_particles needs, got "
+            "different ones in two runs with the same arguments; leave plate_particles out"
+        )
+    return [layout.keeping(()) for layout in layouts]
 
 
 def _announce(structure: Structure, num_particles: int, of_enumeration: bool, known: Structure | None) -> Structure:
@@ -230,38 +257,72 @@ def _same_mask(mask: Tensor, other: Any) -> bool:
     return isinstance(other, Tensor) and bool((mask == other).all())
 
 
-def weigh(pairs: Sequence[Pair], layout: Layout, num_particles: int, *, cut: bool = False) -> LogWeights:
-    """Makes the log weights of K particles from one vectorised run or K sequential ones.
+def weigh(
+    pairs: Sequence[Pair], layouts: Sequence[Layout], run: Run, num_particles: int, *, cut: bool = False
+) -> LogWeights:
+    """Makes the log weights of K particles, from the leaves of the plate tree to its root.
 
     Args:
         pairs: the runs.
-        layout: where the columns lie.
+        layouts: where the columns of each node lie.
+        run: how the particles were run.
         num_particles: K.
         cut: whether to tell apart the values that were cut.
 
     Raises:
         ValueError: where a weight is NaN or +inf.
     """
-    common = outer_scale(pairs[0], layout)
-    tables = [terms_of(pair, layout, common) for pair in pairs]
-    shape = (num_particles, *(p.size for p in layout.plates))
-    log_weights = joined([[(t.element, t.value) for t in table] for table in tables], layout, shape)
-    score = joined([[(t.element, t.score) for t in table] for table in tables], layout, shape)
-    score_log_q = joined([[(t.element, t.score_log_q) for t in table] for table in tables], layout, shape)
-    weights = LogWeights(
-        torch.zeros(shape) if log_weights is None else log_weights,  # a model and guide without any site
+    tree, common = run.tree, outer_scale(pairs[0], layouts[0])
+    tables = [
+        [terms_of(pair, layout, common) for pair in runs_of(pairs, run, i, num_particles)]
+        for i, layout in enumerate(layouts)
+    ]
+    shapes = [(*tree.shape(i, num_particles), *(p.size for p in layout.plates)) for i, layout in enumerate(layouts)]
+    cuts = cuts_of(pairs, tables, layouts, run, common, shapes) if cut else [None] * len(layouts)
+    grown: dict[int, LogWeights] = {}
+    for i in reversed(range(len(layouts))):
+        node = replace(_own_weights(tables[i], layouts[i], shapes[i]), cut=cuts[i])
+        if i == 0:
+            tempered = any(not same_scale(own_scale(s), 1.0) for s in weighed_sites(pairs[0], layouts[0]))
+            node = replace(
+                node,
+                scale=layouts[0].scale * (1.0 if common is None else common),
+                constant=constants_of(tables[0]),
+                tempered=common is None and tempered,
+            )
+        else:
+            parent = layouts[tree.path(i)[1]]
+            node = replace(node, scale=layouts[i].scale / parent.scale)
+            if tree.combined:
+                node = _drawn_once(node)
+        grown[i] = node.grown([grown[child] for child in tree.children(i)])
+        _explain_infinite(grown[i], tables[i])
+    return grown[0]
+
+
+def _own_weights(table: Sequence[Sequence[Term]], layout: Layout, shape: Sequence[int]) -> LogWeights:
+    """A node's own part in the log weights."""
+
+    def whole(part: Callable[[Term], Tensor | None]) -> Tensor | None:
+        return joined([[(t.element, part(t)) for t in terms] for terms in table], layout, shape)
+
+    log_weights = whole(lambda t: t.value)
+    return LogWeights(
+        torch.zeros(shape) if log_weights is None else log_weights,  # no site at all
         plates=tuple(p.name for p in layout.plates),
-        scale=layout.scale * (1.0 if common is None else common),
-        constant=constants_of(tables),
-        tempered=common is None and any(not same_scale(own_scale(s), 1.0) for s in weighed_sites(pairs[0], layout)),
-        score=score,
-        score_log_q=score_log_q,
-        score_scale=_score_scale(tables),
-        cut=cut_of(pairs, tables, layout, common, shape) if cut else None,
+        score=whole(lambda t: t.score),
+        score_log_q=whole(lambda t: t.score_log_q),
+        score_scale=_score_scale(table),
     )
-    if not bool(weights.log_weights.isfinite().all()):
-        _explain_infinite(weights, tables)
-    return weights
+
+
+def _drawn_once(node: LogWeights) -> LogWeights:
+    """Marks particles that serve all those further out; their log q counts once."""
+    score = node.score
+    if score is not None:
+        for dim in range(1, score.dim() - len(node.plates)):
+            score = score.narrow(dim, 0, 1)
+    return replace(node, shared=True, score=score)
 
 
 def _score_scale(tables: Sequence[Sequence[Term]]) -> Scale:
@@ -270,35 +331,91 @@ def _score_scale(tables: Sequence[Sequence[Term]]) -> Scale:
     return 1.0 if common is None else common
 
 
-def require_full_plates(pair: Pair, layout: Layout) -> None:
+def require_apart(pair: Pair, run: Run, num_particles: int) -> None:
+    """Raises where a site has particles of a node that it does not belong to, or a draw made once follows others."""
+    tree = run.tree
+    if not tree.grows or not run.is_wide(num_particles):
+        return
+    for role, name, site in pair.sites():
+        home = tree.home(site)
+        mine = {home} if role == "guide" and tree.combined else set(tree.path(home))
+        for node in set(range(len(tree.nodes))) - mine:
+            if not has_particles(site, -run.depth - 1 - node):
+                continue
+            if node in tree.path(home):
+                raise ValueError(combine_problem(name, tree.nodes[home].plate))
+            raise ValueError(
+                f"{role} site '{name}' follows the particles of plate '{tree.nodes[node].plate}', and did not when "
+                "model and guide were first looked at; make what depends on what the same in every call"
+            )
+
+
+def has_particles(site: Site, dim: int) -> bool:
+    """Whether the density at a site differs along a dimension of particles."""
+    shape = log_prob_of(site).shape
+    return len(shape) >= -dim and shape[dim] > 1
+
+
+def combine_problem(name: str, plate: str) -> str:
+    """What to say of a guide site that is to be drawn once, and depends on what is drawn often."""
+    return (
+        f"combine=True draws the latents of plate '{plate}' once for all particles further out, but the guide draws "
+        f"site '{name}' given latents outside the plate; write combine=False, or a guide that draws '{name}' "
+        "independently of them"
+    )
+
+
+def require_full_plates(pair: Pair, layouts: Sequence[Layout], tree: Tree, num_particles: int) -> None:
     """Raises where a subsampled plate is not independent and particles would go inside its scale."""
-    problem = subsampling_problem(pair, layout)
+    problem = subsampling_problem(pair, layouts, tree, num_particles)
     if problem is not None:
         raise ValueError(problem)
 
 
-def subsampling_problem(pair: Pair, layout: Layout) -> str | None:
+def subsampling_problem(
+    pair: Pair, layouts: Sequence[Layout], tree: Tree | None = None, num_particles: int = 2
+) -> str | None:
     """What is wrong, and what to write instead, for a subsampled plate below a latent; None if nothing is."""
     latents = [s for t in (pair.model, pair.guide) for _, s in latent_sites(t)]
+    tree = Tree() if tree is None else tree
     if not latents:
         return None
-    for site in weighed_sites(pair, layout):
-        for frame in layout.outer_frames(site):
-            if not is_subsampled(frame):
+    for i, layout in enumerate(layouts):
+        around = [n for n in tree.path(i)]
+        for site in weighed_sites(pair, layouts[0]):
+            if not layout.holds(site):
                 continue
-            owns = any(f.name == frame.name for s in latents for f in s["cond_indep_stack"])
-            remedy = "write num_particles=1, or give it the full data (no subsample_size)"
-            if owns:
-                remedy += (
-                    f"; num_particles=1, plate_particles={{'{frame.name}': K}} (from version 0.2 on) will give the "
-                    "latents of the plate particles of their own"
-                )
-            return (
-                f"plate '{frame.name}' (site '{site['name']}') shows {frame.size} of its {frame.full_size} elements, "
-                "and is not independent: latents outside it, or a site that mixes its elements, tie them. With more "
-                f"than one particle its scale would sit inside the logarithm and the loss would be no bound; {remedy}"
-            )
+            for frame in site["cond_indep_stack"]:
+                if not is_subsampled(frame):
+                    continue
+                # The plate's scale is outside the weights of the nodes whose elements are the plate's.
+                inner = [n for n in around if not any(p.frame_of(site) == frame for p in layouts[n].plates)]
+                counts = {n: tree.counts(num_particles)[n] for n in inner}
+                if all(count == 1 for count in counts.values()):
+                    continue
+                return _subsampling_message(frame, site, latents, tree, counts)
     return None
+
+
+def _subsampling_message(
+    frame: CondIndepStackFrame, site: Site, latents: Sequence[Site], tree: Tree, counts: Mapping[int, int]
+) -> str:
+    owns = any(f.name == frame.name for s in latents for f in s["cond_indep_stack"])
+    named = {n.plate: n.count for n in tree.nodes[1:]}
+    ones = {tree.nodes[i].plate: 1 for i in counts if i > 0}
+    remedy = "write num_particles=1, or give it the full data (no subsample_size)"
+    if owns:
+        wanted = {**named, **ones, **({} if frame.name in named else {frame.name: "K"})}
+        text = ", ".join(f"'{plate}': {count}" for plate, count in wanted.items())
+        remedy += (
+            f"; num_particles=1, plate_particles={{{text}}} gives the latents of the plate particles of their own, "
+            "inside the scale's sum"
+        )
+    return (
+        f"plate '{frame.name}' (site '{site['name']}') shows {frame.size} of its {frame.full_size} elements, "
+        "and is not independent: latents outside it, or a site that mixes its elements, tie them. With more "
+        f"than one particle its scale would sit inside the logarithm and the loss would be no bound; {remedy}"
+    )
 
 
 def constants_of(tables: Sequence[Sequence[Term]]) -> dict[tuple[str, ...], Tensor]:

@@ -66,9 +66,12 @@ class DoublyReparameterized(PathGradient):
         if weights.cut.scale is None:
             raise ValueError(
                 f"DoublyReparameterized needs one number that scales log q of all reparameterised guide sites, got "
-                f"several among {sorted(set(weights.cut.names))}, from site to site or within one; put the same scalar "
-                "poutine.scale around all of them, or write gradient=Pathwise()"
+                f"several among {sorted(set(weights.cut.ways.names))}, from site to site or within one; put the same "
+                "scalar poutine.scale around all of them, or write gradient=Pathwise()"
             )
         path = guide.double_slope(weights.log_weights, weights.cut.scale)
-        ratio = torch.where(slope > 0.0, path / slope, 0.0) if guide is totals and totals.rising else None
-        return Coefficients(model=model, path=path, log_q=None, score=slope, ratio=ratio, converted=True)
+        if guide is not totals or not totals.rising:
+            return Coefficients(model=model, path=path, log_q=None, score=slope, converted=True)
+        ratio = torch.where(slope > 0.0, path / slope, 0.0)
+        share = torch.where(slope > 0.0, guide.double_slope(weights.log_weights) / slope, 0.0)
+        return Coefficients(model, path, None, slope, ratio=ratio, converted=True, share=share)
