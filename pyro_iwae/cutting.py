@@ -26,6 +26,8 @@ from pyro_iwae.plates import Site
 
 __all__ = ["CutSite", "CutValues"]
 
+UNCUT = "gradient=Pathwise(), with any objective but PIWAE, which tells the guide's part apart"
+
 
 @dataclass(frozen=True, eq=False)
 class CutSite:
@@ -40,15 +42,21 @@ class CutSite:
         if self.leaf._version:
             raise ValueError(
                 f"expected the value of guide site '{name}' to stay as it was drawn, got one that was changed in place "
-                "(z.mul_(2), z[0] = 0, z += 1); write a new tensor (z * 2, torch.where, z + 1), or gradient=Pathwise()"
+                "(z.mul_(2), z[0] = 0, z += 1); write a new tensor (z * 2, torch.where, z + 1), or "
+                f"{UNCUT}"
             )
 
 
 class CutValues(Messenger):
-    """Cuts the guide's values as they are drawn, and keeps the densities there."""
+    """Cuts the guide's values as they are drawn, and keeps the densities there.
 
-    def __init__(self) -> None:
+    Args:
+        leaves_out: whether the estimator leaves out what a parameter does to log q directly.
+    """
+
+    def __init__(self, leaves_out: bool) -> None:
         super().__init__()
+        self.leaves_out = leaves_out
         self.sites: dict[str, CutSite] = {}
         self.parts: dict[str, Any] = {}
 
@@ -64,14 +72,14 @@ class CutValues(Messenger):
         if hasattr(value, "_unquantize"):
             raise NotImplementedError(
                 f"expected a draw that has a density, got a straight-through one at guide site '{msg['name']}' "
-                f"({msg['fn']}), whose value is rounded and whose gradient is not. Write gradient=Pathwise()"
+                f"({msg['fn']}), whose value is rounded and whose gradient is not. Write {UNCUT}"
             )
         if msg["is_observed"] or site_is_subsample(msg) or not msg["fn"].has_rsample or not value.requires_grad:
             return
         if isinstance(msg["fn"], Drawn):
             raise NotImplementedError(
                 f"expected a guide whose sites draw by themselves, got '{msg['name']}' of a resampled one: the choice "
-                "of a particle has no way through z. Write gradient=Pathwise()"
+                f"of a particle has no way through z. Write {UNCUT}"
             )
         if not settable(msg):
             return  # it follows from what comes before it, and adds to the weights as the model does
@@ -79,6 +87,7 @@ class CutValues(Messenger):
         parts, solved = density_at(msg, leaf)
         if not is_identically_zero(parts.score_function):
             return  # drawn by rejection: partly a score-function site, and treated as one
-        require_fixed_edges(msg)
+        if self.leaves_out:
+            require_fixed_edges(msg)
         self.sites[msg["name"]], self.parts[msg["name"]] = CutSite(value, leaf, solved), parts
         msg["value"] = leaf
