@@ -27,6 +27,8 @@ from pyro_iwae.plates import Site
 
 __all__ = ["CutSite", "CutValues"]
 
+UNCUT = "gradient=Pathwise(), with any objective but PIWAE, which tells the guide's part apart"
+
 
 @dataclass(frozen=True, eq=False)
 class CutSite:
@@ -41,7 +43,8 @@ class CutSite:
         if self.leaf._version:
             raise ValueError(
                 f"expected the value of guide site '{name}' to stay as it was drawn, got one that was changed in place "
-                "(z.mul_(2), z[0] = 0, z += 1); write a new tensor (z * 2, torch.where, z + 1), or gradient=Pathwise()"
+                "(z.mul_(2), z[0] = 0, z += 1); write a new tensor (z * 2, torch.where, z + 1), or "
+                f"{UNCUT}"
             )
 
 
@@ -49,11 +52,13 @@ class CutValues(Messenger):
     """Cuts the guide's values as they are drawn, and keeps the densities there.
 
     Args:
+        leaves_out: whether the estimator leaves out what a parameter does to log q directly.
         given: sites whose values are given, which were cut when they were drawn.
     """
 
-    def __init__(self, given: Collection[str] = ()) -> None:
+    def __init__(self, leaves_out: bool, given: Collection[str] = ()) -> None:
         super().__init__()
+        self.leaves_out = leaves_out
         self.given = given
         self.sites: dict[str, CutSite] = {}
         self.parts: dict[str, Any] = {}
@@ -70,7 +75,7 @@ class CutValues(Messenger):
         if hasattr(value, "_unquantize"):
             raise NotImplementedError(
                 f"expected a draw that has a density, got a straight-through one at guide site '{msg['name']}' "
-                f"({msg['fn']}), whose value is rounded and whose gradient is not. Write gradient=Pathwise()"
+                f"({msg['fn']}), whose value is rounded and whose gradient is not. Write {UNCUT}"
             )
         if msg["name"] in self.given:
             return
@@ -79,7 +84,7 @@ class CutValues(Messenger):
         if isinstance(msg["fn"], Drawn):
             raise NotImplementedError(
                 f"expected a guide whose sites draw by themselves, got '{msg['name']}' of a resampled one: the choice "
-                "of a particle has no way through z. Write gradient=Pathwise()"
+                f"of a particle has no way through z. Write {UNCUT}"
             )
         if not settable(msg):
             return  # it follows from what comes before it, and adds to the weights as the model does
@@ -87,6 +92,7 @@ class CutValues(Messenger):
         parts, solved = density_at(msg, leaf)
         if not is_identically_zero(parts.score_function):
             return  # drawn by rejection: partly a score-function site, and treated as one
-        require_fixed_edges(msg)
+        if self.leaves_out:
+            require_fixed_edges(msg)
         self.sites[msg["name"]], self.parts[msg["name"]] = CutSite(value, leaf, solved), parts
         msg["value"] = leaf

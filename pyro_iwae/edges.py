@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from pyro.distributions.transforms import LeakyReLUTransform, Permute
 from torch import Tensor
-from torch.distributions import TransformedDistribution
+from torch.distributions import AffineTransform, TransformedDistribution
 
 from pyro_iwae.flows import flow_of, layers_of
 from pyro_iwae.plates import Site
@@ -58,8 +58,15 @@ def _pushed(edges: list[Tensor], layer: Any) -> Iterator[Tensor]:
                 yield edge if isinstance(layer, Permute) else torch.zeros((), requires_grad=True)
             continue
         image = layer(edge)
+        if isinstance(layer, AffineTransform) and not _moves(edge) and not _moves(layer.loc) and not bool(edge.any()):
+            yield image.detach()  # 0 stays where it is under every scale
+            continue
         fixed = any(limit is not None and bool((image == limit).all()) for limit in _bounds(layer.codomain))
         yield image.detach() if fixed or not bool(image.isfinite().all()) else image
+
+
+def _moves(place: Any) -> bool:
+    return isinstance(place, Tensor) and place.requires_grad
 
 
 def _limits(fn: Any) -> Iterator[Tensor]:

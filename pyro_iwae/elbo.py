@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -220,15 +221,15 @@ class ImportanceWeightedELBO(ELBO):
             return particles, -particles.weights.total(self._totals(particles.weights).value)
         if isinstance(gradient, SampledBackward) and self.num_particles <= gradient.draws:
             gradient = gradient.inner
-        cut = gradient.cuts or (self.objective is not None and self.objective.separates)
+        separates = self.objective is not None and self.objective.separates
+        recording = Recording(cut=gradient.cuts or separates, leaves_out=gradient.cuts)
         if not isinstance(gradient, SampledBackward):
-            particles = self._draw(call, Recording(cut=cut))
+            particles = self._draw(call, recording)
             weights, totals = particles.weights, self._totals(particles.weights)
             surrogate = gradient.surrogate(weights, totals)
         else:
-            particles = self._draw(
-                call, Recording(cut=cut, model=False, block=max(PARTICLES_PER_PASS, 2 * gradient.draws))
-            )
+            block = max(PARTICLES_PER_PASS, 2 * gradient.draws)
+            particles = self._draw(call, replace(recording, model=False, block=block))
             totals = self._totals(particles.weights)
             coefficients = gradient.coefficients(particles.weights, totals)
             index, count = gradient.draw(coefficients.model)

@@ -115,9 +115,11 @@ def _parts(
 def _mask(site: Site) -> Tensor | None:
     """Where the site's log q counts, to broadcast with its value; None where it does everywhere."""
     fn = site["fn"]
-    masks: list[tuple[Any, int]] = [(site["mask"], fn.event_dim)]
-    while hasattr(fn, "base_dist"):
-        masks.append((getattr(fn, "_mask", None), fn.event_dim))  # inside an Independent some events are no events yet
+    masks: list[tuple[Any, int]] = [(site["mask"], len(fn.event_shape))]
+    while hasattr(fn, "base_dist"):  # torch's own distributions among them, which know no event_dim
+        masks.append(
+            (getattr(fn, "_mask", None), len(fn.event_shape))
+        )  # inside an Independent some events are no events yet
         fn = fn.base_dist
     found = None
     for mask, events in masks:

@@ -24,6 +24,7 @@ class Totals(ABC):
 
     count: int
     rising: bool = True  # f grows with every weight, by slopes that sum to 1
+    linear: bool = False  # in the log weights
 
     @property
     @abstractmethod
@@ -155,6 +156,7 @@ class Mean(Totals):
 
     total: Float[Tensor, "*plates"]
     count: int
+    linear = True
 
     @classmethod
     def of(cls, log_weights: Float[Tensor, "particles *plates"]) -> Mean:

@@ -54,11 +54,14 @@ class Recording:
 
     Attributes:
         cut: whether the guide's reparameterised values are cut from the parameters that made them.
+        leaves_out: whether the estimator leaves out what a parameter does to log q directly, which then must have the
+            mean that it relies on.
         model: whether the model is run with a graph, if the guide is.
         block: at most so many particles in one vectorised run of the model; None is all of them.
     """
 
     cut: bool = False
+    leaves_out: bool = False
     model: bool = True
     block: int | None = None
 
@@ -125,7 +128,7 @@ def run_pair(
     """
     recording = Recording() if recording is None else recording
     given = SetValues(values or {})
-    cutting = CutValues(values or ()) if recording.cut else nullcontext(None)
+    cutting = CutValues(recording.leaves_out, values or ()) if recording.cut else nullcontext(None)
     around_guide = around if around_guide is None else around_guide
     of_model = nullcontext if recording.model else torch.no_grad
     messenger: Any = poutine.unwrap(guide)

@@ -54,3 +54,12 @@ def test_results_go_where_they_are_told_to_go(script, tmp_path):
     result = json.loads((tmp_path / f"{script.stem}.json").read_text())
     assert {"date", "commit", "machine", "versions"} <= result.keys()
     assert (tmp_path / f"{script.stem}.md").read_text().strip() == printed.strip()
+
+
+def test_peak_memory_is_measured():
+    """A step of many particles takes more than a step of two; in a process of its own, whatever ran before."""
+    script = next(script for script in SCRIPTS if script.stem == "gradients")
+    command = [sys.executable, str(script), "--peak", "Pathwise", "2000", "--smoke"]
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    done = subprocess.run(command, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True, check=True)
+    assert int(done.stdout) > 0

@@ -13,6 +13,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from pyro import poutine
 from pyro.infer import SVI, RenyiELBO, Trace_ELBO
 from torch.distributions import constraints
 
@@ -433,3 +434,27 @@ def test_every_objective_is_tested():
     assert tested == set(objectives.__all__) - {"Objective"}
     for name in tested:
         assert getattr(objectives, name).reference
+
+
+@pytest.mark.parametrize("objective", [CIWAE(1.0), Renyi(1.0), TVO((0.0,)), MIWAE(4)], ids=repr)
+def test_the_elbo_in_every_disguise_needs_nothing_of_score_sites_or_scales(objective):
+    """What log q itself gives has mean zero under one weight 1 / K each, whatever depends on z."""
+    logit = torch.tensor(0.3, requires_grad=True)
+
+    def model():
+        with poutine.scale(scale=0.5):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        pyro.sample("b", dist.Bernoulli(logits=z))
+
+    def guide():
+        with poutine.scale(scale=0.5):
+            z = pyro.sample("z", dist.Normal(logit, torch.tensor(1.0)))
+        y = pyro.sample("y", dist.Normal(z, torch.tensor(1.0)), infer={"is_auxiliary": True})
+        pyro.sample("b", dist.Bernoulli(logits=y))
+
+    found = []
+    for gradient in (DoublyReparameterized(), StickTheLanding()):
+        pyro.set_rng_seed(3)
+        elbo = ImportanceWeightedELBO(4, objective=objective, gradient=gradient)
+        found.append(torch.autograd.grad(elbo.differentiable_loss(model, guide), logit)[0])
+    torch.testing.assert_close(found[0], found[1])

@@ -54,7 +54,7 @@ class DoublyReparameterized(PathGradient):
         """
         model, guide = totals.slope(weights.log_weights), totals.guide
         slope = model if guide is totals else guide.slope(weights.log_weights)
-        if guide.count == 1 or weights.cut is None:  # one particle: what log q's own dependence gives has mean zero
+        if guide.count == 1 or guide.linear or weights.cut is None:  # what log q's own dependence gives has mean zero
             return Coefficients(model=model, path=slope, log_q=None, score=slope)
         if weights.cut.downstream is not None:
             site, below = weights.cut.downstream

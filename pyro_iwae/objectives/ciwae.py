@@ -65,6 +65,10 @@ class _Mixed(Totals):
     def count(self) -> int:  # type: ignore[override]
         return self.elbo.count
 
+    @property
+    def linear(self) -> bool:  # type: ignore[override]
+        return self.beta == 1.0
+
     def _mix(self, elbo: Tensor, bound: Tensor) -> Tensor:
         if self.beta in (0.0, 1.0):  # the other may be -inf
             return elbo if self.beta == 1.0 else bound

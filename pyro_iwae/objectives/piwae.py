@@ -53,13 +53,18 @@ class PIWAE(Objective):
     groups: int
 
     reference = "Rainforth et al. 2018, arXiv 1802.04537"
-    separates = True
+
+    @property
+    def separates(self) -> bool:  # type: ignore[override]
+        return self.groups > 1
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "groups", as_count("groups", self.groups))
 
     def totals(self, log_weights: Float[Tensor, "particles *plates"]) -> Totals:
         whole = LogMean.of(log_weights)
+        if self.groups == 1:
+            return whole
         return _Parted(whole.largest, whole.rest, whole.count, own=Groups.of(log_weights, self.groups))
 
 

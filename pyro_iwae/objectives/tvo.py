@@ -112,6 +112,10 @@ class _Riemann(Totals):
     rising = False
 
     @property
+    def linear(self) -> bool:  # type: ignore[override]
+        return len(self.parts) == 1  # the ELBO
+
+    @property
     def count(self) -> int:  # type: ignore[override]
         return self.bound.count
 
