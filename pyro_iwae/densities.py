@@ -11,7 +11,7 @@ from torch import Tensor
 
 from pyro_iwae.plates import Site
 
-__all__ = ["infinity_message", "log_prob_of", "nan_message", "score_parts_of"]
+__all__ = ["infinity_message", "log_prob_of", "nan_message", "score_parts_of", "varies_along"]
 
 
 MISSING_VALUES = "For missing values put any valid number in their place, and mask that with poutine.mask"
@@ -25,6 +25,12 @@ def log_prob_of(site: Site) -> Tensor:
         except ValueError as error:
             raise ValueError(no_density_message(site, error)) from error
     return site["unscaled_log_prob"]
+
+
+def varies_along(site: Site, dim: int) -> bool:
+    """Whether the log density at the site differs along a dimension."""
+    shape = log_prob_of(site).shape
+    return len(shape) >= -dim and shape[dim] > 1
 
 
 def no_density_message(site: Site, error: Exception) -> str:

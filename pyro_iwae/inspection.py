@@ -15,23 +15,28 @@ from __future__ import annotations
 import math
 import weakref
 from collections.abc import Mapping
+from dataclasses import replace
 
 import torch
 from pyro import poutine
 from torch import Tensor
 
+from pyro_iwae.branching import Branching
 from pyro_iwae.crossing import (
     close,
     enough_particles,
     roughly_close,
 )
+from pyro_iwae.densities import varies_along
+from pyro_iwae.drawn import settable
 from pyro_iwae.handlers import Minibatch
 from pyro_iwae.particles import Call, Run, batch_dim
 from pyro_iwae.plates import IndependentPlate, Layout, candidates, latent_sites, nesting, sample_sites, signature
 from pyro_iwae.state import unchanged_state
-from pyro_iwae.structure import Structure, plate_key
+from pyro_iwae.structure import Structure
 from pyro_iwae.terms import terms_of
 from pyro_iwae.traces import Pair, require_site_shapes
+from pyro_iwae.tree import PlateParticles
 
 __all__ = ["inspect"]
 
@@ -39,7 +44,12 @@ CHECK_PARTICLES = 8  # in a vectorised run; sequential ones make do with half
 
 
 def inspect(
-    call: Call, *, vectorize: bool | None, max_plate_nesting: float = math.inf, minibatch: Minibatch | None = None
+    call: Call,
+    *,
+    vectorize: bool | None,
+    max_plate_nesting: float = math.inf,
+    minibatch: Minibatch | None = None,
+    plate_particles: PlateParticles | None = None,
 ) -> Structure:
     """Runs model and guide a few times, leaving no trace of it, and returns the verdict.
 
@@ -48,11 +58,12 @@ def inspect(
         vectorize: True and False force; None finds out.
         max_plate_nesting: as for ``Trace_ELBO``; infinity finds out.
         minibatch: indices that are settled already.
+        plate_particles: the plates that are to have particles of their own.
     """
     with poutine.block(), unchanged_state(call.model, call.guide) as modules:
         shared = Minibatch()
         shared.indices.update({} if minibatch is None else minibatch.indices)
-        return _Inspection(Trial(call, modules, shared)).verdict(vectorize, max_plate_nesting)
+        return _Inspection(Trial(call, modules, shared)).verdict(vectorize, max_plate_nesting, plate_particles)
 
 
 class _Inspection:
@@ -63,7 +74,9 @@ class _Inspection:
         self.call = trial.call
         self.messages: list[str] = []
 
-    def verdict(self, vectorize: bool | None, max_plate_nesting: float) -> Structure:
+    def verdict(
+        self, vectorize: bool | None, max_plate_nesting: float, plate_particles: PlateParticles | None
+    ) -> Structure:
         probe, grad = self._probe()
         self.trial.probed = (probe.model, probe.guide)
         run = Run(self._depth(probe, max_plate_nesting), False, _asks_enumeration(probe))
@@ -77,12 +90,17 @@ class _Inspection:
             if vectorize is not False:
                 run = self._vectorized(run, forced=vectorize is True)
             independent, mixed, conclusive = self._independent(run, probe)
+            joint: dict[str, str] = {}
+            if plate_particles is not None:
+                run, joint = self._branched(run, independent, plate_particles, forced=vectorize is True)
+                self.messages += joint.values()
         self._warn_of_batch_norm()
         return Structure(
             run=run,
             signature=signature(probe.model, probe.guide),
             independent=independent,
             mixed=mixed,
+            joint=joint,
             batch_dims=self.trial.batch_dims,
             conclusive=conclusive,
             numbers=sum(s["value"].numel() for _, _, s in probe.sites()),
@@ -127,12 +145,15 @@ class _Inspection:
             fault = f"the vectorised run failed with {type(error).__name__}: {reason}"
         if fault is None:
             return wide
+        self._say_sequential(fault)
+        return run
+
+    def _say_sequential(self, fault: str) -> None:
         self.messages.append(
             f"particles are run one after the other, because {fault}. Make model and guide broadcast over a plate on "
             "the left of their own (dims counted from the right, as in dim=-1) to have them run in one pass, or pass "
             "vectorize_particles=False to silence this"
         )
-        return run
 
     def _vectorization_fault(self, pairs: list[Pair], wide: Run, narrow: Run) -> str | None:
         """What is not the same in both ways of running, if anything; None also where two like runs differ."""
@@ -194,6 +215,88 @@ class _Inspection:
             else:
                 mixed[plate.name] = fault[1]
         return frozenset(plate_key(p) for p in kept), mixed, True
+
+    # The plate tree: a site that follows the particles of a plate shows it in a vectorised run, whatever its numbers.
+
+    def _branched(
+        self, run: Run, independent: frozenset[int | str], wanted: PlateParticles, *, forced: bool
+    ) -> tuple[Run, dict[str, str]]:
+        """How particles are run where plates have their own, and why some plates have none."""
+        pairs = self.trial.particles(CHECK_PARTICLES if run.vectorized else CHECK_PARTICLES // 2, run)
+        branching = Branching(self.trial, pairs, run, independent, wanted)
+        while True:
+            tree, joint = branching.find()
+            grown = replace(run, tree=tree)
+            if not run.vectorized or not tree.grows:
+                return grown, joint
+            try:
+                shown, fault = self._tree_fault(grown.small(), forced)
+            except Exception as error:
+                if forced:
+                    raise
+                reason = next(iter(str(error).splitlines()), "")
+                shown, fault = [], f"the vectorised run failed with {type(error).__name__}: {reason}"
+            if fault is not None:
+                self._say_sequential(fault)
+                return replace(grown, vectorized=False), joint
+            if not any([branching.learn(tree, node, name) for name, node in shown]):
+                return grown, joint
+
+    def _tree_fault(self, run: Run, forced: bool) -> tuple[list[tuple[str, int]], str | None]:
+        """Sites that follow particles of a node that they do not belong to; or what is not as in a sequential run."""
+        (pair,) = pairs = self.trial.particles(2, run)
+        nodes = range(len(run.tree.nodes))
+        shown = [
+            (name, node)
+            for _, name, site in pair.sites()
+            for node in set(nodes) - set(run.tree.path(run.tree.home(site)))
+            if varies_along(site, run.depth_of(node))
+        ]
+        if shown or forced:
+            return shown, None
+        together = site_values(pairs, None)
+        latents = {n: s["value"].detach() for n, s in latent_sites(pair.guide) if settable(s)}
+        for place in ({i: 0 for i in nodes}, {i: 1 for i in nodes}, {i: int(i > 0) for i in nodes}):
+            fault = self._place_fault(run, together, latents, pair, place)
+            if fault is not None:
+                return [], fault
+        return [], None
+
+    def _place_fault(
+        self,
+        run: Run,
+        together: Mapping[Any, Tensor],
+        latents: Mapping[str, Tensor],
+        pair: Pair,
+        place: Mapping[int, int],
+    ) -> str | None:
+        """What differs for one particle of each node, if a second look at both ways of running says so, too."""
+        narrow = Run(run.depth, False, run.enumerated)
+        events = {n: s["fn"].event_dim for n, s in latent_sites(pair.guide)}
+
+        def here(value: Tensor, events: int = 0) -> Tensor:
+            return run.at_place(value, place, events)
+
+        values = {n: here(v, events[n]) for n, v in latents.items()}
+        values = {
+            n: v.reshape(1, *v.shape[v.dim() - self.trial.batch_dims[n] - events[n] :]) for n, v in values.items()
+        }
+
+        def alone() -> dict[tuple[str, str], Tensor]:
+            return site_values(self.trial.particles(1, narrow, values), None)
+
+        found, eps = alone(), self._coarsest(values)
+        faulty = [k for k, v in found.items() if not roughly_close(v, here(together[k]), eps)]
+        if not faulty:
+            return None
+        again, like = alone(), site_values(self.trial.particles(2, run, latents), None)
+        for key in faulty:
+            if close(found[key], again[key]) and roughly_close(like[key], together[key]):
+                return (
+                    f"{key[0]} site '{key[1]}' has log density {here(together[key]).sum().item():.6g} in a vectorised "
+                    f"run with particles of plates, and {found[key].sum().item():.6g} in a run of the same values alone"
+                )
+        return None
 
     def _warn_of_batch_norm(self) -> None:
         norms = [m for m in self.trial.modules if isinstance(m, torch.nn.modules.batchnorm._BatchNorm) and m.training]

@@ -43,7 +43,10 @@ def cuts_of(
     """
     names = {name for pair in pairs for name in pair.cuts}
     parts = [
-        [joined([list(_parts(table, names, cut=cut)) for table in tables[i]], layout, shapes[i]) for cut in (False, True)]
+        [
+            joined([list(_parts(table, names, cut=cut)) for table in tables[i]], layout, shapes[i])
+            for cut in (False, True)
+        ]
         for i, layout in enumerate(layouts)
     ]
     template = next((p for both in parts for p in both if p is not None), torch.zeros(()))

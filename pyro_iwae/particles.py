@@ -68,13 +68,30 @@ class Run:
         """Whether traces have dimensions of particles; if not, each trace is one particle."""
         return self.vectorized and (num_particles > 1 or self.tree.grows)
 
+    def small(self) -> Run:
+        """The same with two particles in each node, to look at."""
+        nodes = tuple(replace(node, count=2) for node in self.tree.nodes)
+        return replace(self, tree=replace(self.tree, nodes=nodes))
+
+    def depth_of(self, node: int) -> int:
+        """The dimension of a node's particles."""
+        return -self.depth - 1 - node
+
+    def at_place(self, value: Tensor, place: Mapping[int, int], events: int) -> Tensor:
+        """What belongs to one particle of each node, in a value of a run of all, with the dimensions of particles."""
+        for node, index in place.items():
+            dim = self.depth_of(node) - events
+            if value.dim() >= -dim:
+                value = value.narrow(dim, index if value.shape[dim] > 1 else 0, 1)
+        return value
+
     def particle_dims(self, num_particles: int, node: int = 0) -> tuple[int, ...]:
         """The dimensions of a node's particles and of those further out in a trace; none where it is one particle."""
-        return tuple(-self.depth - 1 - i for i in self.tree.path(node)) if self.is_wide(num_particles) else ()
+        return tuple(self.depth_of(i) for i in self.tree.path(node)) if self.is_wide(num_particles) else ()
 
     def particle_dim(self, num_particles: int) -> int | None:
         """The dimension of the particles of the root."""
-        return -self.depth - 1 if self.is_wide(num_particles) else None
+        return self.depth_of(0) if self.is_wide(num_particles) else None
 
     def width(self, num_particles: int) -> int:
         """Dimensions taken by plates and particles."""
@@ -93,7 +110,7 @@ class Run:
                 return lambda site: tree.home(site) == node
             return lambda site: node in tree.path(tree.home(site))
 
-        return [(count, -self.depth - 1 - i, holds(i)) for i, count in enumerate(tree.counts(num_particles))]
+        return [(count, self.depth_of(i), holds(i)) for i, count in enumerate(tree.counts(num_particles))]
 
 
 def run_particles(

@@ -22,7 +22,17 @@ from pyro.poutine.indep_messenger import CondIndepStackFrame
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
-__all__ = ["IndependentPlate", "Layout", "candidates", "nesting", "own_scale", "plate_scale", "signature"]
+__all__ = [
+    "IndependentPlate",
+    "Layout",
+    "candidates",
+    "label",
+    "nesting",
+    "own_scale",
+    "plate_key",
+    "plate_scale",
+    "signature",
+]
 
 Site = Any  # Pyro types its messages one way and uses them another
 Scale = float | Tensor
@@ -133,6 +143,10 @@ class Layout:
         chosen = set(plates)
         return replace(self, plates=tuple(p for p in self.plates if p in chosen))
 
+    def keeping_keys(self, keys: Collection[int | str]) -> Layout:
+        """The same layout with only the plates that these keys tell."""
+        return replace(self, plates=tuple(p for p in self.plates if plate_key(p) in keys))
+
     def plates_of(self, site: Site) -> tuple[IndependentPlate, ...]:
         """The independent plates that contain the site."""
         return tuple(p for p in self.plates if p.frame_of(site) is not None)
@@ -186,6 +200,11 @@ class Layout:
         sizes = dict(zip(self.dims, columns.shape[1:], strict=True))
         batch = [sizes.get(d, 1) for d in range(1 + event_dim - value.dim(), 0)]
         return columns.reshape([columns.shape[0], *batch] + [1] * event_dim)
+
+
+def plate_key(plate: IndependentPlate) -> int | str:
+    """What tells a plate from call to call: the dimension of a vectorised one, the name of a sequential one."""
+    return plate.name if plate.dim is None else plate.dim
 
 
 def candidates(

@@ -16,10 +16,10 @@ from pyro.poutine.messenger import _bound_partial
 from pyro.poutine.scale_messenger import ScaleMessenger
 
 from pyro_iwae.particles import Run
-from pyro_iwae.plates import IndependentPlate, Layout, Site, candidates, signature
+from pyro_iwae.plates import Layout, Site, candidates, plate_key, signature
 from pyro_iwae.traces import Pair
 
-__all__ = ["Structure", "StructureCache", "plate_key"]
+__all__ = ["Structure", "StructureCache"]
 
 MOST_ATTEMPTS = 4  # for discrete latents that happen to be the same in all particles of a check
 
@@ -73,9 +73,9 @@ class Structure:
         for i, node in enumerate(tree.nodes):
             inside = tree.inside(i)
             layout = candidates(pair.model, pair.guide, every, lambda site, inside=inside: tree.home(site) in inside)
-            keys = self.independent if i == 0 else node.keys
+            layout = layout.keeping_keys(self.independent if i == 0 else node.keys)
             known = {} if node.parent is None else {plate_key(p): p for p in found[node.parent].plates}
-            plates = tuple(known.get(plate_key(p), p) for p in layout.plates if plate_key(p) in keys)
+            plates = tuple(known.get(plate_key(p), p) for p in layout.plates)
             holds = partial(self._holds, i)
             found.append(Layout(plates, self.run.particle_dims(num_particles, i), holds))
         return found
@@ -98,10 +98,6 @@ class Structure:
     def describes(self, pair: Pair, num_particles: int) -> bool:
         """Whether sites and plates are those of the verdict."""
         return self.signature_of(pair, num_particles) == self.signature
-
-
-def plate_key(plate: IndependentPlate) -> int | str:
-    return plate.name if plate.dim is None else plate.dim
 
 
 class StructureCache:

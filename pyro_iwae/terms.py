@@ -225,6 +225,24 @@ def enumerated_dims(pair: Pair) -> dict[str, Any]:
     return found
 
 
+def enumerated_groups(pair: Pair) -> list[set[str]]:
+    """The names of the sites that are contracted together, because they share enumerated variables."""
+    symbols = {
+        s["infer"]["_enumerate_symbol"] for _, s in sample_sites(pair.model) if "_enumerate_symbol" in s["infer"]
+    }
+    groups: list[tuple[set[str], set[str]]] = []
+    for name, factor in enumerated_dims(pair).items():
+        names, shared = {name}, symbols & set(factor._pyro_dims)
+        apart = []
+        for other, theirs in groups:
+            if shared & theirs:
+                names, shared = names | other, shared | theirs
+            else:
+                apart.append((other, theirs))
+        groups = [*apart, (names, shared)]
+    return [names for names, _ in groups]
+
+
 def _contracted_terms(pair: Pair, layout: Layout, common: Scale | None, factors: Mapping[str, Any]) -> list[Term]:
     """Sums the enumerated sites out: one term for each element of the sequential plates."""
     nodes: Mapping[str, Site] = pair.model.nodes

@@ -39,7 +39,9 @@ class Pair:
     model: Trace
     guide: Trace
     cuts: Mapping[str, CutSite] = field(default_factory=dict)
-    place: Mapping[int, int] = field(default_factory=dict)  # a particle of each node of the plate tree, if run one by one
+    place: Mapping[int, int] = field(
+        default_factory=dict
+    )  # a particle of each node of the plate tree, if run one by one
 
     def sites(self) -> Iterator[tuple[str, str, Site]]:
         """(role, name, site) for all sample sites of both."""

@@ -14,7 +14,7 @@ from typing import Any
 from pyro_iwae.options import as_count
 from pyro_iwae.plates import Site, label
 
-__all__ = ["Node", "PlateParticles", "Tree", "UnknownSite"]
+__all__ = ["Node", "PlateParticles", "Tree", "UnknownSite", "combine_problem"]
 
 
 @dataclass(frozen=True)
@@ -137,3 +137,12 @@ class Tree:
     def grid(self, node: int, num_particles: int) -> Iterator[tuple[int, ...]]:
         """Indices of the node's particles, in the order of its log weights: own, then those further out."""
         return itertools.product(*(range(n) for n in self.shape(node, num_particles)))
+
+
+def combine_problem(name: str, plate: str) -> str:
+    """What to say of a guide site that is to be drawn once, and depends on what is drawn often."""
+    return (
+        f"combine=True draws the latents of plate '{plate}' once for all particles further out, but the guide draws "
+        f"site '{name}' given latents outside the plate; write combine=False, or a guide that draws '{name}' "
+        "independently of them"
+    )

@@ -18,7 +18,7 @@ import torch
 from pyro.poutine.indep_messenger import CondIndepStackFrame
 from torch import Tensor
 
-from pyro_iwae.densities import infinity_message, log_prob_of, nan_message
+from pyro_iwae.densities import infinity_message, nan_message, varies_along
 from pyro_iwae.drawn import settable
 from pyro_iwae.handlers import Minibatch
 from pyro_iwae.inspection import inspect
@@ -29,7 +29,7 @@ from pyro_iwae.plates import Layout, Scale, Site, is_subsampled, latent_sites, o
 from pyro_iwae.structure import Structure, StructureCache
 from pyro_iwae.terms import Term, joined, one_scale, outer_scale, terms_of, weighed_sites
 from pyro_iwae.traces import Pair, Recording, require_site_shapes
-from pyro_iwae.tree import PlateParticles, Tree
+from pyro_iwae.tree import PlateParticles, Tree, combine_problem
 
 __all__ = ["Particles", "constants_of", "subsampling_problem", "weigh", "weigh_particles"]
 
@@ -340,7 +340,7 @@ def require_apart(pair: Pair, run: Run, num_particles: int) -> None:
         home = tree.home(site)
         mine = {home} if role == "guide" and tree.combined else set(tree.path(home))
         for node in set(range(len(tree.nodes))) - mine:
-            if not has_particles(site, -run.depth - 1 - node):
+            if not varies_along(site, run.depth_of(node)):
                 continue
             if node in tree.path(home):
                 raise ValueError(combine_problem(name, tree.nodes[home].plate))
@@ -348,21 +348,6 @@ def require_apart(pair: Pair, run: Run, num_particles: int) -> None:
                 f"{role} site '{name}' follows the particles of plate '{tree.nodes[node].plate}', and did not when "
                 "model and guide were first looked at; make what depends on what the same in every call"
             )
-
-
-def has_particles(site: Site, dim: int) -> bool:
-    """Whether the density at a site differs along a dimension of particles."""
-    shape = log_prob_of(site).shape
-    return len(shape) >= -dim and shape[dim] > 1
-
-
-def combine_problem(name: str, plate: str) -> str:
-    """What to say of a guide site that is to be drawn once, and depends on what is drawn often."""
-    return (
-        f"combine=True draws the latents of plate '{plate}' once for all particles further out, but the guide draws "
-        f"site '{name}' given latents outside the plate; write combine=False, or a guide that draws '{name}' "
-        "independently of them"
-    )
 
 
 def require_full_plates(pair: Pair, layouts: Sequence[Layout], tree: Tree, num_particles: int) -> None:
