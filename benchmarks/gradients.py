@@ -317,7 +317,8 @@ def table(result):
         "",
     ]
     lines += by_particles(steps, lambda r: f"{1e3 * r['seconds']['median']:,.0f} ({r['of pathwise']:.2f})")
-    lines += ["", "Peak memory beyond that of a step of two particles, in MB; a fresh process each, freed memory handed back at once.", ""]
+    heading = "Peak memory beyond that of a step of two particles, in MB; in a fresh process, freed memory handed back."
+    lines += ["", heading, ""]
     lines += by_particles(steps, lambda r: f"{r['peak bytes'] / 1e6:,.0f}")
     lines += [
         "",
