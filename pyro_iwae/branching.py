@@ -123,10 +123,8 @@ class Branching:
         for _, _, site in self.pairs[0].sites():
             for frame in site["cond_indep_stack"]:
                 if not (frame.vectorized and frame.dim in dims):
-                    yield (
-                        frame.name,
-                        IndependentPlate(frame.name, frame.dim, frame_size(frame, site), plate_scale(frame)),
-                    )
+                    size, scale = frame_size(frame, site), plate_scale(frame)
+                    yield frame.name, IndependentPlate(frame.name, frame.dim, size, scale)
 
     def _within(self, plate: IndependentPlate) -> frozenset[str]:
         return frozenset(n for n, site in self.latents.items() if plate.frame_of(site) is not None)
@@ -197,18 +195,11 @@ class Branching:
 
     def learn(self, tree: Tree, node: int, name: str) -> bool:
         """Takes it that latents of a node reach a site; whether that is news."""
-        kinds = [
-            k
-            for k in self.reached
-            if any(n for n, kind in self.kinds.items() if kind == k and self._home(tree, n) == node)
-        ]
+        kinds = {kind for latent, kind in self.kinds.items() if tree.home(self.latents[latent]) == node}
         news = any(name not in self.reached[kind] for kind in kinds)
         for kind in kinds:
             self.reached[kind].add(name)
         return news
-
-    def _home(self, tree: Tree, latent: str) -> int:
-        return tree.home(self.latents[latent])
 
     # One candidate
 
@@ -222,7 +213,7 @@ class Branching:
         homes = self._homes(chains, around)
         if isinstance(homes, Fault):
             return homes
-        layouts = {(): self.root}
+        layouts: dict[Chain, Layout] = {(): self.root}
         for c in order:
             inside = frozenset(n for n, kind in self.kinds.items() if c in around[chains[kind]])
             layout = self._layout_of(c, inside, layouts[parents[c]])
@@ -279,9 +270,9 @@ class Branching:
         if fault is not None:
             return Fault(
                 frozenset(chain),
-                f"{fault[0]} site '{fault[1]}' lies outside plate '{plate.name}' or mixes its elements. Put what depends "
-                f"on '{plate.name}' into it, element by element; what depends on it by an index can be summed by "
-                "element and given to pyro.factor there",
+                f"{fault[0]} site '{fault[1]}' depends on them and lies outside plate '{plate.name}', or mixes its "
+                f"elements. Put it into '{plate.name}', element by element; the log densities of rows that belong to "
+                "elements by an index can be summed by element (index_add) and given to pyro.factor there",
             )
         for further in whole.plates:
             if further not in least.plates:

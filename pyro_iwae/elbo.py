@@ -28,6 +28,7 @@ from pyro_iwae.structure import StructureCache
 from pyro_iwae.terms import outer_scale, terms_of
 from pyro_iwae.totals import Totals
 from pyro_iwae.traces import Recording, fill_densities, require_site_shapes, run_pair
+from pyro_iwae.tree import PlateParticles
 from pyro_iwae.weighing import Particles, impossible_sites, weigh_particles
 
 __all__ = ["ImportanceWeightedELBO"]
@@ -69,6 +70,12 @@ class ImportanceWeightedELBO(ELBO):
         jit_options: likewise accepted, and does nothing.
         retain_graph: passed to ``backward`` by :meth:`loss_and_grads`.
         tail_adaptive_beta: accepted as by every ELBO; of use to ``TraceTailAdaptive_ELBO`` only.
+        plate_particles: further particles of the latents of some plates, inside each of the ``num_particles``, by the
+            plate's name, as in ``{"data": 64}``: each element of such a plate gets a log-mean-exp of its own inside
+            the weight. ``"auto"`` gives every plate that owns latents ``num_particles`` of them. With
+            ``num_particles=1`` such plates may be subsampled.
+        combine: whether the particles of a plate are drawn once, and serve all particles further out: K x M
+            combinations from K + M draws. The guide must draw them independently of what is further out.
         objective: what to optimise in place of the importance weighted bound: :class:`Renyi`, :class:`MIWAE`,
             :class:`PIWAE`, :class:`CIWAE`, :class:`TVO`.
         gradient: estimator for the model and for reparameterised guide sites: :class:`Pathwise` (the default),
@@ -108,6 +115,8 @@ class ImportanceWeightedELBO(ELBO):
         retain_graph: bool | None = None,
         tail_adaptive_beta: float = -1.0,
         *,
+        plate_particles: Mapping[str, int] | str | None = None,
+        combine: bool = False,
         objective: Objective | None = None,
         gradient: PathGradient | None = None,
         score: ScoreGradient | None = None,
@@ -127,7 +136,10 @@ class ImportanceWeightedELBO(ELBO):
         _require_kind("objective", objective, Objective, "an objective such as Renyi(0.5) or MIWAE(8)")
         _require_kind("gradient", gradient, PathGradient, "an estimator such as Pathwise() or DoublyReparameterized()")
         _require_kind("score", score, ScoreGradient, "an estimator such as OVIS() or VIMCO()")
+        PlateParticles.of(plate_particles, num_particles=1, combine=combine)
         self.vectorize_particles = vectorize_particles
+        self.plate_particles = plate_particles
+        self.combine = combine
         self.objective = objective
         self.gradient = Pathwise() if gradient is None else gradient
         self.score = OVIS() if score is None else score
@@ -173,7 +185,7 @@ class ImportanceWeightedELBO(ELBO):
 
     def loss(self, model: Program, guide: Program, *args: Any, **kwargs: Any) -> float:
         """Minus the bound, scaled and summed over elements, in nats."""
-        if self.num_particles == 1:  # any objective is the ELBO then, whatever its gradient
+        if self._is_single:  # any objective is the ELBO then, whatever its gradient
             return float(self._single("loss", model, guide, args, kwargs))
         weights = self.log_weights(model, guide, *args, **kwargs)
         return -torch_item(weights.total(self._totals(weights).value))
@@ -208,7 +220,20 @@ class ImportanceWeightedELBO(ELBO):
             max_plate_nesting=self.max_plate_nesting,
             warn_of_enumeration=self.strict_enumeration_warning,
             recording=recording,
+            plate_particles=self._wanted,
         )
+
+    @property
+    def _wanted(self) -> PlateParticles | None:
+        """The plates that have particles of their own; None where there is one of each in all."""
+        count = as_count("num_particles", self.num_particles)
+        wanted = PlateParticles.of(self.plate_particles, num_particles=count, combine=self.combine)
+        return None if wanted is None or (count == 1 and wanted.most == 1) else wanted
+
+    @property
+    def _is_single(self) -> bool:
+        """Whether there is one particle of everything, so that every objective is the ELBO."""
+        return self.num_particles == 1 and self._wanted is None
 
     def _totals(self, weights: LogWeights) -> Totals:
         return weights.totals() if self.objective is None else self.objective.totals(weights.log_weights)
@@ -246,7 +271,7 @@ class ImportanceWeightedELBO(ELBO):
     def _is_pyros(self) -> bool:
         """Whether there is one particle, whose objective is the ELBO, and its gradient the ordinary one."""
         inner = self.gradient.inner if isinstance(self.gradient, SampledBackward) else self.gradient
-        return self.num_particles == 1 and (isinstance(inner, Pathwise) or not torch.is_grad_enabled())
+        return self._is_single and (isinstance(inner, Pathwise) or not torch.is_grad_enabled())
 
     def _single(self, method: str, model: Program, guide: Program, args: Any, kwargs: Any) -> Any:
         require_callables(model, guide)

@@ -45,7 +45,8 @@ class Emission:
         self.selection = selection
         self.layout = particles.layout
         self.weights = particles.weights
-        self.outside = {f.dim for f in enclosing} | {particles.layout.particle_dim}
+        self.particle_dims = {d for layout in particles.layouts for d in layout.particle_dims}
+        self.outside = {f.dim for f in enclosing} | self.particle_dims
         self.model_trace = particles.pairs[0].model
         self.minibatch = particles.minibatch
         self.plate_objects: dict[str, Any] = {}
@@ -69,9 +70,9 @@ class Emission:
 
     def _alike(self, value: Any) -> Any:
         """A scale or mask of the inner run's site, unless it differs from particle to particle."""
-        dim = self.layout.particle_dim
-        varies = isinstance(value, Tensor) and dim is not None and value.dim() >= -dim and value.shape[dim] > 1
-        return None if varies else value
+        if not isinstance(value, Tensor):
+            return value
+        return None if any(value.dim() >= -d and value.shape[d] > 1 for d in self.particle_dims) else value
 
     def density(self, log_density: Tensor) -> None:
         """Emits log q~ as one factor for each element of the independent plates."""

@@ -15,7 +15,7 @@ from pyro.poutine.runtime import apply_stack
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
-from pyro_iwae.plates import Site, plate_scale
+from pyro_iwae.plates import PARTICLES, Site, plate_scale
 
 __all__ = ["ENCLOSING", "EnclosingPlates", "Minibatch", "ParticlePlate", "enclosing_frames", "particle_plates"]
 
@@ -106,7 +106,7 @@ def particle_plates(plates: Sequence[tuple[int, int, Callable[[Site], bool]]], o
 
     def around(fn: Program) -> Program:
         for size, dim, holds in plates:
-            fn = ParticlePlate(f"_importance_particles_{-dim}", size, dim=dim, holds=holds)(fn)
+            fn = ParticlePlate(f"{PARTICLES}{-dim}", size, dim=dim, holds=holds)(fn)
         return outside(fn)
 
     return around

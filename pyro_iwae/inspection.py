@@ -16,31 +16,36 @@ import math
 import weakref
 from collections.abc import Mapping
 from dataclasses import replace
+from typing import Any
 
 import torch
 from pyro import poutine
 from torch import Tensor
 
 from pyro_iwae.branching import Branching
-from pyro_iwae.crossing import (
-    close,
-    enough_particles,
-    roughly_close,
-)
+from pyro_iwae.crossing import close, enough_particles, roughly_close, site_values
 from pyro_iwae.densities import varies_along
 from pyro_iwae.drawn import settable
 from pyro_iwae.handlers import Minibatch
 from pyro_iwae.particles import Call, Run, batch_dim
-from pyro_iwae.plates import IndependentPlate, Layout, candidates, latent_sites, nesting, sample_sites, signature
+from pyro_iwae.plates import (
+    IndependentPlate,
+    Layout,
+    candidates,
+    latent_sites,
+    nesting,
+    plate_key,
+    sample_sites,
+    signature,
+)
 from pyro_iwae.state import unchanged_state
 from pyro_iwae.structure import Structure
 from pyro_iwae.terms import terms_of
 from pyro_iwae.traces import Pair, require_site_shapes
 from pyro_iwae.tree import PlateParticles
+from pyro_iwae.trial import CHECK_PARTICLES, Trial
 
 __all__ = ["inspect"]
-
-CHECK_PARTICLES = 8  # in a vectorised run; sequential ones make do with half
 
 
 def inspect(
@@ -277,10 +282,12 @@ class _Inspection:
         def here(value: Tensor, events: int = 0) -> Tensor:
             return run.at_place(value, place, events)
 
-        values = {n: here(v, events[n]) for n, v in latents.items()}
-        values = {
-            n: v.reshape(1, *v.shape[v.dim() - self.trial.batch_dims[n] - events[n] :]) for n, v in values.items()
-        }
+        def single(name: str, value: Tensor) -> Tensor:
+            own = self.trial.batch_dims[name] + events[name]
+            value = here(value, events[name])
+            return value.reshape(1, *value.shape[value.dim() - own :])
+
+        values = {n: single(n, v) for n, v in latents.items()}
 
         def alone() -> dict[tuple[str, str], Tensor]:
             return site_values(self.trial.particles(1, narrow, values), None)

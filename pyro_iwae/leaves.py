@@ -42,13 +42,12 @@ def cuts_of(
         shapes: of the log weights of each node, ``(*particles, *plates)``.
     """
     names = {name for pair in pairs for name in pair.cuts}
-    parts = [
-        [
-            joined([list(_parts(table, names, cut=cut)) for table in tables[i]], layout, shapes[i])
-            for cut in (False, True)
-        ]
-        for i, layout in enumerate(layouts)
-    ]
+
+    def part(node: int, *, cut: bool) -> Tensor | None:
+        rows = [list(_parts(table, names, cut=cut)) for table in tables[node]]
+        return joined(rows, layouts[node], shapes[node])
+
+    parts = [(part(i, cut=False), part(i, cut=True)) for i in range(len(layouts))]
     template = next((p for both in parts for p in both if p is not None), torch.zeros(()))
     ways = _ways(pairs, layouts, run, template)
     nodes: list[Site] = [pair.guide.nodes[name] for pair in pairs for name in pair.cuts]

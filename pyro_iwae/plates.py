@@ -36,6 +36,7 @@ __all__ = [
 
 Site = Any  # Pyro types its messages one way and uses them another
 Scale = float | Tensor
+PARTICLES = "_importance_particles_"  # what the plates of particles are called
 
 
 def sample_sites(trace: Trace) -> Iterator[tuple[str, Site]]:

@@ -20,7 +20,7 @@ from pyro_iwae.gradients import OVIS, Pathwise
 from pyro_iwae.handlers import EnclosingPlates, Minibatch
 from pyro_iwae.logweights import LogWeights
 from pyro_iwae.particles import Call, spread_value, stacked_latents, stacked_value, unchanged_enumeration
-from pyro_iwae.plates import Layout, Site, latent_sites
+from pyro_iwae.plates import PARTICLES, Layout, Site, latent_sites
 from pyro_iwae.terms import joint_log_density, model_log_density
 from pyro_iwae.traces import Unmasked
 from pyro_iwae.weighing import Particles
@@ -49,7 +49,7 @@ def select(call: Call, particles: Particles, index: Tensor) -> Selection:
     """
     layout, weights = particles.layout, particles.weights
     chosen, sites = _chosen_latents(particles, index)
-    log_p = torch.cat([model_log_density(p, layout) for p in particles.pairs])
+    log_p = torch.cat([model_log_density(p, layout, particles.common) for p in particles.pairs])
     log_p = log_p.expand(weights.log_weights.shape).gather(0, index.unsqueeze(0)).squeeze(0)
     if particles.structure.run.enumerated:
         trace = _draw_enumerated(call, chosen, particles.minibatch, particles.structure.run.depth)
@@ -92,7 +92,7 @@ def model_values(call: Call, particles: Particles) -> tuple[dict[str, Tensor], d
         rows = [{n: v[k] for n, v in values.items()} for k in range(count)]
         traces = [_draw_enumerated(call, row, particles.minibatch, run.depth) for row in rows]
     else:
-        frame = CondIndepStackFrame(f"_importance_particles_{-dim}", dim, count, 0)
+        frame = CondIndepStackFrame(f"{PARTICLES}{-dim}", dim, count, 0)
         spread = {n: spread_value(v, sites[n], run) for n, v in values.items()}
         traces = [_draw_enumerated(call, spread, particles.minibatch, -dim, (frame,))]
     for name, site in latent_sites(traces[0]):

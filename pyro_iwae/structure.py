@@ -71,17 +71,17 @@ class Structure:
         tree, found = self.run.tree, list[Layout]()
         every = self._particle_dims(num_particles)
         for i, node in enumerate(tree.nodes):
-            inside = tree.inside(i)
-            layout = candidates(pair.model, pair.guide, every, lambda site, inside=inside: tree.home(site) in inside)
+            inside = tree.inside(i) if tree.grows else {0}
+            layout = candidates(pair.model, pair.guide, every, partial(self._holds, inside))
             layout = layout.keeping_keys(self.independent if i == 0 else node.keys)
             known = {} if node.parent is None else {plate_key(p): p for p in found[node.parent].plates}
             plates = tuple(known.get(plate_key(p), p) for p in layout.plates)
-            holds = partial(self._holds, i)
-            found.append(Layout(plates, self.run.particle_dims(num_particles, i), holds))
+            dims, holds = self.run.particle_dims(num_particles, i), partial(self._holds, {i})
+            found.append(Layout(plates, dims, holds))
         return found
 
-    def _holds(self, node: int, site: Site) -> bool:
-        return self.run.tree.home(site) == node
+    def _holds(self, nodes: set[int], site: Site) -> bool:
+        return self.run.tree.home(site) in nodes
 
     def layout(self, pair: Pair, num_particles: int) -> Layout:
         """Where the columns of the root lie."""

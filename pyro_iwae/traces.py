@@ -27,21 +27,22 @@ from torch import Tensor
 
 from pyro_iwae.cutting import CutSite, CutValues
 from pyro_iwae.densities import infinity_message, log_prob_of, nan_message, score_parts_of
-from pyro_iwae.plates import Site, latent_sites, sample_sites
+from pyro_iwae.plates import PARTICLES, Site, latent_sites, sample_sites
 
 __all__ = ["Pair", "Recording", "fill_densities", "run_pair"]
 
 
 @dataclass(frozen=True)
 class Pair:
-    """One run of the guide and of the model replayed on it; the values that were cut, if that was asked for."""
+    """One run of the guide and of the model replayed on it; the values that were cut, if that was asked for.
+
+    ``place`` tells the particle of each node of the plate tree, where particles are run one by one.
+    """
 
     model: Trace
     guide: Trace
     cuts: Mapping[str, CutSite] = field(default_factory=dict)
-    place: Mapping[int, int] = field(
-        default_factory=dict
-    )  # a particle of each node of the plate tree, if run one by one
+    place: Mapping[int, int] = field(default_factory=dict)
 
     def sites(self) -> Iterator[tuple[str, str, Site]]:
         """(role, name, site) for all sample sites of both."""
@@ -240,7 +241,9 @@ def require_match(pair: Pair) -> None:
             )
     summed_out = [wanted[name]["infer"].get("_enumerate_dim") for name in wanted.keys() - drawn.keys()]
     if is_validation_enabled() and None not in summed_out:  # Pyro would miss sites that are not enumerated yet
-        dims = [f.dim for _, _, s in pair.sites() for f in s["cond_indep_stack"] if f.vectorized]
+        # Particles of a plate need not have the same shape in both: the guide may draw them once for all further out.
+        frames = [f for _, _, s in pair.sites() for f in s["cond_indep_stack"] if f.vectorized]
+        dims = [f.dim for f in frames if not f.name.startswith(PARTICLES)]
         check_model_guide_match(pair.model, pair.guide, -min(dims, default=0))
 
 

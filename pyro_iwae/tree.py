@@ -31,6 +31,11 @@ class PlateParticles:
     every: int = 1
     combined: bool = False
 
+    @property
+    def most(self) -> int:
+        """The largest count."""
+        return self.every if self.counts is None else max(count for _, count in self.counts)
+
     @classmethod
     def of(cls, option: Any, *, num_particles: int, combine: bool = False) -> PlateParticles | None:
         """From the options ``plate_particles`` and ``combine``.

@@ -101,7 +101,8 @@ class Coefficients:
             further = further - _part(node, reach.slope, node.cut.log_q).sum()
         if not self.converted:
             return surrogate + cut.ways.through(further)
-        factors = [(1.0 - cut.scale) + cut.scale * reach.share for reach in nodes]
+        scale = 1.0 if cut.scale is None else cut.scale
+        factors = [(1.0 - scale) + scale * reach.share for reach in nodes]
         if not cut.ways.is_flat:
             return surrogate + cut.ways.multiplied(surrogate.sum(), further, factors)
         through = cut.ways.through(further, factors, refuse_masked=True)

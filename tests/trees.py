@@ -1,0 +1,424 @@
+# Copyright Contributors to the pyro_iwae project.
+# SPDX-License-Identifier: Apache-2.0
+
+"""Random hierarchical models whose plates have particles of their own, and the bound by loops over all of these.
+
+The reference takes what the guide drew, runs model and guide once for each combination of particles, and sums
+``site["fn"].log_prob`` over elements one by one. Particles are told by their numbers: all counts differ.
+"""
+
+import itertools
+import math
+from dataclasses import dataclass, field
+
+import pyro
+import pyro.distributions as dist
+import torch
+from hypothesis import strategies as st
+from pyro import poutine
+from pyro.distributions.testing.fakes import NonreparameterizedNormal
+
+from tests.naive import Substitute
+
+COUNTS = (2, 3, 4, 5)  # of the root, and of named plates as they come: never two alike
+
+
+@dataclass(frozen=True)
+class Latent:
+    """``above``: whether prior and guide depend on the nearest latent further out."""
+
+    name: str
+    family: str  # normal, detached (no rsample), coin
+    above: bool
+    guided: bool
+
+
+@dataclass(frozen=True)
+class Seen:
+    """An observation; ``family`` mixture is a coin summed out above a Gaussian."""
+
+    name: str
+    family: str  # normal, mixture
+    follows: bool  # the nearest latent further out
+
+
+@dataclass(frozen=True)
+class Plate:
+    """A plate with what is in it; ``count`` is the number of its particles, None where it has none of its own."""
+
+    name: str
+    size: int
+    dim: int | None
+    count: int | None
+    latents: tuple
+    seen: tuple
+    inner: tuple = ()
+    shown: int | None = None
+
+    @property
+    def elements(self):
+        return self.shown or self.size
+
+    def all_latents(self):
+        return [*self.latents, *(latent for plate in self.inner for latent in plate.all_latents())]
+
+    def below(self):
+        """All plates inside, each after those around it."""
+        return [p for plate in self.inner for p in (plate, *plate.below())]
+
+
+@dataclass(frozen=True, eq=False)
+class TreeProgram:
+    """Model and guide; ``root`` is a plate of one element that is not there."""
+
+    root: Plate
+    seed: int = 0
+    tape: list = field(default_factory=list, compare=False, repr=False)
+
+    @property
+    def plate_particles(self):
+        return {p.name: p.count for p in self.root.below() if p.count}
+
+    def numbers(self):
+        generator = torch.Generator().manual_seed(self.seed)
+        found = {}
+        for plates in self.paths():
+            shape = [p.size for p in plates[1:]]
+            for item in (*plates[-1].latents, *plates[-1].seen):
+                found[item.name] = pyro.param(f"p_{item.name}", torch.randn((), generator=generator))
+                found[f"q_{item.name}"] = pyro.param(f"q_{item.name}", torch.randn(shape, generator=generator))
+                found[f"x_{item.name}"] = torch.randn(shape, generator=generator)
+        return found
+
+    def paths(self, plates=None):
+        """Every plate with those around it."""
+        plates = (self.root,) if plates is None else plates
+        yield plates
+        for inner in plates[-1].inner:
+            yield from self.paths((*plates, inner))
+
+    # Running
+
+    def model(self):
+        self._run(self.numbers(), is_model=True)
+
+    def guide(self):
+        with poutine.trace() as tracer:
+            self._run(self.numbers(), is_model=False)
+        drawn = {n: s for n, s in tracer.trace.nodes.items() if s["type"] == "sample"}
+        self.tape.append({n: s["value"] for n, s in drawn.items()})
+
+    def _run(self, numbers, is_model):
+        self._inside((self.root,), {}, {}, numbers, is_model, {})
+
+    def _inside(self, path, index, nearest, numbers, is_model, plates):
+        plate, nearest = path[-1], dict(nearest)
+        suffix = "".join(f"_{i}" for p, i in index.items() if p.dim is None)
+        for latent in plate.latents:
+            above = nearest.get("z")
+            nearest["z"] = self._draw(latent, latent.name + suffix, above, path, index, numbers, is_model)
+        if is_model:
+            for seen in plate.seen:
+                self._observe(
+                    seen, seen.name + suffix, nearest.get("z") if seen.follows else None, path, index, numbers
+                )
+        for inner in plate.inner:
+            if inner.dim is None:
+                if inner.name not in plates:
+                    plates[inner.name] = pyro.plate(inner.name, inner.size, inner.shown)
+                for i in plates[inner.name]:
+                    self._inside((*path, inner), {**index, inner: int(i)}, nearest, numbers, is_model, plates)
+            else:
+                with pyro.plate(inner.name, inner.size, inner.shown, dim=inner.dim) as rows:
+                    self._inside((*path, inner), {**index, inner: rows}, nearest, numbers, is_model, plates)
+
+    @staticmethod
+    def _rows(value, path, index):
+        """An array by plate, at these elements, with the plates' dimensions where they belong."""
+        dims = []
+        for plate in path[1:]:
+            if plate.dim is None:
+                value = value.select(len(dims), index[plate])
+            else:
+                value = value.index_select(len(dims), torch.as_tensor(index[plate]))
+                dims.append(plate.dim)
+        shape = [1] * -min(dims, default=0)
+        for dim, size in zip(dims, value.shape, strict=True):
+            shape[dim] = size
+        order = sorted(range(len(dims)), key=lambda i: dims[i])
+        return value.permute(order).reshape(shape)
+
+    def _draw(self, latent, name, above, path, index, numbers, is_model):
+        if is_model:
+            loc = numbers[latent.name] + (0.7 * above if latent.above and above is not None else 0.0)
+        else:
+            own = self._rows(numbers[f"q_{latent.name}"], path, index)
+            loc = own + (0.5 * above if latent.guided and above is not None else 0.0)
+        if latent.family == "coin":
+            return pyro.sample(name, dist.Bernoulli(logits=loc))
+        law = NonreparameterizedNormal if latent.family == "detached" and not is_model else dist.Normal
+        return pyro.sample(name, law(loc, torch.tensor(1.0 if is_model else 0.8)))
+
+    def _observe(self, seen, name, above, path, index, numbers):
+        data = self._rows(numbers[f"x_{seen.name}"], path, index)
+        loc = numbers[seen.name] + (0.0 if above is None else above)
+        if seen.family == "mixture":
+            side = pyro.sample(f"c{name}", dist.Bernoulli(logits=0.3 * loc), infer={"enumerate": "parallel"})
+            loc = loc + 1.5 * side
+        pyro.sample(name, dist.Normal(loc, 1.0), obs=data)
+
+
+# The reference
+
+
+@dataclass(frozen=True)
+class Node:
+    """A plate with particles of its own (or the root): the unnamed plates that belong to it, and nodes inside."""
+
+    plate: Plate
+    around: tuple  # plates outside and this one
+    mine: tuple  # plates whose sites are weighed here
+    children: tuple
+
+    def nodes(self):
+        yield self
+        for child in self.children:
+            yield from child.nodes()
+
+
+def node_of(plate, around):
+    around = (*around, plate)
+    mine, children = [around], []
+
+    def visit(inner, path):
+        if inner.count:
+            children.append(node_of(inner, path))
+            return
+        mine.append((*path, inner))
+        for further in inner.inner:
+            visit(further, (*path, inner))
+
+    for inner in plate.inner:
+        visit(inner, around)
+    return Node(plate, around, tuple(mine), tuple(children))
+
+
+def columns(node):
+    """Plates that hold all latents of the node and of those inside it."""
+    paths = [path[1:] for n in node.nodes() for path in n.mine if path[-1].latents]
+    return [p for p in paths[0] if all(p in path for path in paths)] if paths else list(node.around[1:])
+
+
+class Reference:
+    """The bound by loops, with the graph of the guide's draws."""
+
+    def __init__(self, program, num_particles, combine=False):
+        self.program, self.combine = program, combine
+        self.tree = node_of(program.root, ())
+        self.counts = {n.plate.name: n.plate.count or num_particles for n in self.tree.nodes()}
+        self.homes = {item.name: node for node in self.tree.nodes() for path in node.mine for item in path[-1].latents}
+        self.minibatch = {n: v for n, v in program.tape[0].items() if n.endswith("_idx") or n in self._plate_names()}
+        self.runs = {}
+
+    def _plate_names(self):
+        return {p.name for p in self.program.root.below()}
+
+    def path_of(self, node):
+        """Names of the nodes around a node, and its own."""
+        named = [p.name for p in node.around if p.count or p is self.program.root]
+        return tuple(named)
+
+    def value(self, name, place):
+        """What the guide drew for a latent in a particle of each node."""
+        home = self.homes[name.split("_")[0]]
+        path = (home.plate.name,) if self.combine else self.path_of(home)
+        if len(self.program.tape) > 1:
+            return self._of_runs(name, path, place)
+        value = self.program.tape[0][name]
+        depth = self.depth
+        lead = value.dim() - depth
+        for position in range(max(lead, 0)):
+            size = value.shape[position]
+            owner = next((n for n in path if self.counts[n] == size), None)
+            if size > 1:
+                assert owner is not None, (name, value.shape, path)
+                value = value.narrow(position, place[owner], 1)
+        return value.reshape(value.shape[max(lead, 0) :]) if lead > 0 else value
+
+    @property
+    def depth(self):
+        return -min((p.dim for p in self.program.root.below() if p.dim is not None), default=0)
+
+    def _of_runs(self, name, path, place):
+        """One after the other: the first run in which each node around is at its place, told by the draws."""
+        runs = self.program.tape
+        for node in path:
+            own = sorted(n for n in self.all_names() if self.homes[n.split("_")[0]].plate.name == node)
+            if not own:  # a root without latents: as many runs for each of its particles
+                size = len(runs) // self.counts[node]
+                runs = runs[place[node] * size : (place[node] + 1) * size]
+                continue
+            keys = [tuple(id(run[n]) for n in own) for run in runs]  # what is reused is one tensor
+            distinct = list(dict.fromkeys(keys))
+            assert len(distinct) == self.counts[node], (node, len(distinct), self.counts[node])
+            runs = [run for run, key in zip(runs, keys, strict=True) if key == distinct[place[node]]]
+        return runs[0][name]
+
+    def all_names(self):
+        return [n for n in self.program.tape[0] if n.split("_")[0] in self.homes]
+
+    def traces(self, place):
+        key = tuple(sorted(place.items()))
+        if key not in self.runs:
+            values = {n: self.value(n, place) for n in self.all_names()} | self.minibatch
+            tape = list(self.program.tape)
+            found = []
+            for fn in (self.program.model, self.program.guide):
+                with poutine.trace() as tracer, Substitute(values):
+                    fn()
+                found.append(tracer.trace)
+            self.program.tape[:] = tape
+            self.runs[key] = found
+        return self.runs[key]
+
+    def bound(self, leave_out=None):
+        """The bound by element of the root's columns; ``leave_out``: (node name, element, place) of a particle."""
+        total, per_element = 0.0, []
+        plates = columns(self.tree)
+        for element in self._elements(plates):
+            value = self._log_mean(self.tree, element, {}, leave_out)
+            per_element.append(value)
+            total = total + self._scale(plates) * value
+        return total, per_element
+
+    @staticmethod
+    def _elements(plates):
+        for index in itertools.product(*(range(p.elements) for p in plates)):
+            yield dict(zip(plates, index, strict=True))
+
+    @staticmethod
+    def _scale(plates):
+        return math.prod(p.size / p.elements for p in plates)
+
+    def _log_mean(self, node, element, place, leave_out=None):
+        weights = []
+        for m in range(self.counts[node.plate.name]):
+            here = {**place, node.plate.name: m}
+            weight = self._weight(node, element, here, leave_out)
+            if leave_out is not None and leave_out[0] == node.plate.name and leave_out[1] == element:
+                keys = [node.plate.name] if self.combine else list(here)
+                if all(here[n] == leave_out[2][n] for n in keys):
+                    continue
+            weights.append(weight)
+        if not weights:
+            return torch.tensor(-math.inf)
+        return torch.stack(weights).logsumexp(0) - math.log(self.counts[node.plate.name])
+
+    def _weight(self, node, element, place, leave_out=None):
+        total = torch.zeros(())
+        full = {n: place.get(n, 0) for n in self.counts}
+        model, guide = self.traces(full)
+        for path in node.mine:
+            for item in path[-1].latents:
+                total = (
+                    total + self._term(model, item.name, path, element) - self._term(guide, item.name, path, element)
+                )
+            for item in path[-1].seen:
+                if item.family == "mixture":
+                    total = total + self._mixture(model, item, path, element)
+                else:
+                    total = total + self._term(model, item.name, path, element)
+        for child in node.children:
+            further = [p for p in columns(child) if p not in element]
+            for rest in self._elements(further):
+                total = total + self._scale(further) * self._log_mean(child, {**element, **rest}, place, leave_out)
+        return total
+
+    def _sites(self, trace, name, path, element):
+        """The sites of this name at an element of the sequential plates."""
+        for index in itertools.product(*(range(p.elements) for p in path[1:] if p.dim is None)):
+            sequential = dict(zip([p for p in path[1:] if p.dim is None], index, strict=True))
+            if all(element.get(p, i) == i for p, i in sequential.items()):
+                yield trace.nodes[name + "".join(f"_{i}" for i in index)]
+
+    def _term(self, trace, name, path, element, density=None):
+        total = torch.zeros(())
+        for site in self._sites(trace, name, path, element):
+            log_prob = site["fn"].log_prob(site["value"]) if density is None else density(site)
+            for plate in path[1:]:
+                if plate.dim is not None and plate in element and log_prob.dim() >= -plate.dim:
+                    log_prob = log_prob.narrow(plate.dim, element[plate], 1)
+            scale = self._scale([p for p in path[1:] if p not in element])
+            total = total + scale * log_prob.sum()
+        return total
+
+    def _mixture(self, trace, item, path, element):
+        """The coin summed out, element by element."""
+
+        def density(site):
+            coin = trace.nodes["c" + site["name"]]
+            logits, shift = coin["fn"].logits, 1.5 * coin["value"]
+            terms = []
+            for c in (0.0, 1.0):
+                fn = dist.Normal(site["fn"].loc - shift + 1.5 * c, site["fn"].scale)
+                terms.append(fn.log_prob(site["value"]) + dist.Bernoulli(logits=logits).log_prob(torch.tensor(c)))
+            return torch.logaddexp(*torch.broadcast_tensors(*terms))
+
+        return self._term(trace, item.name, path, element, density)
+
+
+# Generation
+
+
+@st.composite
+def tree_programs(draw, scores=True, guided=True, subsampled=False):
+    """Up to three named plates and one unnamed, nested or side by side."""
+    counts = iter(COUNTS[1:])
+    families = ["normal", "normal", "detached", "coin"] if scores else ["normal"]
+    names = itertools.count()
+
+    def latent(prefix):
+        return Latent(
+            f"{prefix}{next(names)}",
+            draw(st.sampled_from(families)),
+            draw(st.booleans()),
+            guided and draw(st.booleans()),
+        )
+
+    def seen():
+        return Seen(f"x{next(names)}", draw(st.sampled_from(["normal", "normal", "mixture"])), draw(st.booleans()))
+
+    def plate(depth, vectorized):
+        named = draw(st.sampled_from([True, True, True, False]))
+        count = next(counts, None) if named else None
+        sequential = not vectorized or draw(st.sampled_from([False, False, False, True]))
+        inner = []
+        if depth < 2:
+            inner = [
+                plate(depth + 1, not sequential)
+                for _ in range(draw(st.sampled_from([0, 0, 1, 2 if depth == 0 else 1])))
+            ]
+        latents = [
+            latent("z") for _ in range(draw(st.sampled_from([1, 1, 2])) if count else draw(st.sampled_from([0, 1])))
+        ]
+        return Plate(
+            f"P{next(names)}",
+            draw(st.sampled_from([1, 2, 3])),
+            None if sequential else depth - 3,
+            count,
+            tuple(latents),
+            tuple(seen() for _ in range(draw(st.sampled_from([0, 1])))),
+            tuple(inner),
+        )
+
+    plates = [plate(0, True) for _ in range(draw(st.sampled_from([1, 1, 2])))]
+    root = Plate(
+        "root",
+        1,
+        0,
+        None,
+        tuple(latent("g") for _ in range(draw(st.sampled_from([0, 1, 1])))),
+        tuple(seen() for _ in range(draw(st.sampled_from([0, 1])))),
+        tuple(plates),
+    )
+    return TreeProgram(root, seed=draw(st.integers(0, 2**16)))
