@@ -94,12 +94,13 @@ class Cut:
         """
         slopes = self.partial(total)
         if refuse_masked:
+            largest = max((float(slope.abs().max()) for slope in slopes if slope.numel()), default=0.0)
             for name, slope, mask in zip(self.names, slopes, self.masks, strict=True):
-                self._require_unreached(name, slope, mask)
+                self._require_unreached(name, slope, mask, 1e2 * torch.finfo(slope.dtype).eps * largest)
         return self.gather([g * z for g, z in zip(slopes, self.values, strict=True)])
 
-    def _require_unreached(self, name: str, slope: Tensor, mask: Tensor | None) -> None:
-        if mask is not None and bool(torch.where(mask, 0.0, slope).any()):
+    def _require_unreached(self, name: str, slope: Tensor, mask: Tensor | None, rounding: float) -> None:
+        if mask is not None and bool((torch.where(mask, 0.0, slope).abs() > rounding).any()):
             raise ValueError(
                 f"DoublyReparameterized needs the log q of every value that reaches the weights; guide site "
                 f"'{name}' is masked there and reaches them nevertheless. Mask in the model what depends on it, "
