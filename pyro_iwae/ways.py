@@ -110,8 +110,10 @@ class Ways:
 
     def require_unmasked(self, slopes: Sequence[Tensor]) -> None:
         """Raises where a value whose log q is masked has a slope nevertheless."""
+        largest = max((float(slope.abs().max()) for slope in slopes if slope.numel()), default=0.0)
         for name, slope, mask in zip(self.names, slopes, self.masks, strict=True):
-            if mask is not None and bool(torch.where(mask, 0.0, slope).any()):
+            rounding = 1e2 * torch.finfo(slope.dtype).eps * largest
+            if mask is not None and bool((torch.where(mask, 0.0, slope).abs() > rounding).any()):
                 raise ValueError(
                     f"DoublyReparameterized needs the log q of every value that reaches the weights; guide site "
                     f"'{name}' is masked there and reaches them nevertheless. Mask in the model what depends on it, "

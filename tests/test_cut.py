@@ -792,6 +792,28 @@ def test_a_masked_value_that_reaches_the_weights_raises():
     loss_of(*gaussian_chain(masks=(True, False))[:2], DoublyReparameterized(), num_particles=1)
 
 
+def test_a_masked_value_that_reaches_a_sum_to_one_does_not_raise():
+    """The coin follows z and is seen nowhere: summed out it is 1, and what rounding leaves of a slope is none."""
+    known = torch.tensor([[True], [False]])
+    loc = torch.tensor([[0.3], [-0.4]], requires_grad=True)
+
+    def latents(at, scale):
+        with pyro.plate("rows", 2, dim=-2), poutine.mask(mask=known):
+            return pyro.sample("z", dist.Normal(at, scale))
+
+    def model():
+        z = latents(torch.zeros(2, 1), 1.0)
+        pyro.sample("c", dist.Bernoulli(logits=z.sum(-2, keepdim=True)), infer={"enumerate": "parallel"})
+
+    def guide():
+        latents(loc, 0.7)
+
+    for seed in range(20):
+        pyro.set_rng_seed(seed)
+        loss = loss_of(model, guide, DoublyReparameterized(), num_particles=7)
+        assert bool(torch.autograd.grad(loss, loc)[0][0] != 0.0)
+
+
 def test_weights_without_a_cut_raise():
     weights = LogWeights(torch.zeros(3, requires_grad=True))
     for gradient in CUTTING:
