@@ -28,6 +28,7 @@ from pyro_iwae.plates import (
     latent_sites,
     plate_key,
     plate_scale,
+    sample_sites,
 )
 from pyro_iwae.terms import enumerated_groups
 from pyro_iwae.traces import Pair
@@ -127,7 +128,16 @@ class Branching:
                     yield frame.name, IndependentPlate(frame.name, frame.dim, size, scale)
 
     def _within(self, plate: IndependentPlate) -> frozenset[str]:
-        return frozenset(n for n, site in self.latents.items() if plate.frame_of(site) is not None)
+        """The latents in a plate: by its name, or by its dimension and size where the guide has names of its own."""
+        known = {f.name for _, s in sample_sites(self.pairs[0].model) for f in s["cond_indep_stack"]}
+
+        def holds(site: Site) -> bool:
+            frame = plate.frame_of(site)
+            return any(f.name == plate.name for f in site["cond_indep_stack"]) or (
+                frame is not None and frame.name not in known
+            )
+
+        return frozenset(n for n, site in self.latents.items() if holds(site))
 
     def _owning(self, known: Mapping[str, IndependentPlate]) -> dict[str, IndependentPlate]:
         """The plates that are innermost for some latent, one of those that hold the same; not the independent ones."""

@@ -235,9 +235,9 @@ def candidates(
 
 
 def label(name: str, site: Site) -> str:
-    """The name; without its numbers in a sequential plate, where they tell the element."""
-    looped = any(not f.vectorized for f in site["cond_indep_stack"])
-    return re.sub(r"\d+", "#", name) if looped else name
+    """The name; in sequential plates without its numbers, which tell the element there, and with the plates' names."""
+    looped = [f.name for f in site["cond_indep_stack"] if not f.vectorized]
+    return re.sub(r"\d+", "#", name) + " in " + ", ".join(looped) if looped else name
 
 
 def signature(model_trace: Trace, guide_trace: Trace, particle_dims: Collection[int] = ()) -> tuple[Any, ...]:

@@ -178,8 +178,9 @@ def sum_columns(parts: Sequence[tuple[tuple[int, ...] | None, Tensor]], layout: 
         return sums.get(())
     zero = torch.zeros_like(next(iter(sums.values())))
     grid = torch.broadcast_tensors(*[sums.get(e, zero) for e in _elements(sizes)])
-    stacked = torch.stack(grid, 1)  # (particles, all sequential elements, *vectorised plates)
-    return stacked.reshape([stacked.shape[0], *sizes, *stacked.shape[2:]])
+    first = max(1, len(layout.particle_dims))
+    stacked = torch.stack(grid, first)  # (*particles, all sequential elements, *vectorised plates)
+    return stacked.reshape([*stacked.shape[:first], *sizes, *stacked.shape[first + 1 :]])
 
 
 def joined(

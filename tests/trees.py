@@ -59,6 +59,11 @@ class Plate:
     def elements(self):
         return self.shown or self.size
 
+    @property
+    def key(self):
+        """Vectorised plates of one dimension and size are one: their elements can belong together."""
+        return self.name if self.dim is None else (self.dim, self.elements)
+
     def all_latents(self):
         return [*self.latents, *(latent for plate in self.inner for latent in plate.all_latents())]
 
@@ -206,7 +211,10 @@ def node_of(plate, around):
 def columns(node):
     """Plates that hold all latents of the node and of those inside it."""
     paths = [path[1:] for n in node.nodes() for path in n.mine if path[-1].latents]
-    return [p for p in paths[0] if all(p in path for path in paths)] if paths else list(node.around[1:])
+    if len(node.around) == 1:  # what is summed out is a latent, too; further in it belongs to the latents it follows
+        paths += [p[1:] for n in node.nodes() for p in n.mine if any(s.family == "mixture" for s in p[-1].seen)]
+    keys = [{p.key for p in path} for path in paths]
+    return [p for p in paths[0] if all(p.key in held for held in keys)] if paths else list(node.around[1:])
 
 
 class Reference:
@@ -217,8 +225,20 @@ class Reference:
         self.tree = node_of(program.root, ())
         self.counts = {n.plate.name: n.plate.count or num_particles for n in self.tree.nodes()}
         self.homes = {item.name: node for node in self.tree.nodes() for path in node.mine for item in path[-1].latents}
+        parents = {child: node for node in self.tree.nodes() for child in node.children}
+        self.items, self.constants = {node: [] for node in self.tree.nodes()}, []
+        for node in self.tree.nodes():
+            for path in node.mine:
+                for item in (*path[-1].latents, *path[-1].seen):
+                    self._place(item, path, node, parents)
         self.minibatch = {n: v for n, v in program.tape[0].items() if n.endswith("_idx") or n in self._plate_names()}
         self.runs = {}
+
+    def _place(self, item, path, node, parents):
+        """Where a site is weighed: at the innermost node in all of whose elements it lies; else once, for itself."""
+        while node is not None and not {p.key for p in columns(node)} <= {p.key for p in path[1:]}:
+            node = parents.get(node)
+        (self.constants if node is None else self.items[node]).append((item, path))
 
     def _plate_names(self):
         return {p.name for p in self.program.root.below()}
@@ -283,18 +303,35 @@ class Reference:
 
     def bound(self, leave_out=None):
         """The bound by element of the root's columns; ``leave_out``: (node name, element, place) of a particle."""
-        total, per_element = 0.0, []
-        plates = columns(self.tree)
+        per_element, plates = [], columns(self.tree)
+        model, guide = self.traces(dict.fromkeys(self.counts, 0))
+        total = sum((self._log_density(item, path, {}, model, guide) for item, path in self.constants), torch.zeros(()))
         for element in self._elements(plates):
             value = self._log_mean(self.tree, element, {}, leave_out)
             per_element.append(value)
             total = total + self._scale(plates) * value
         return total, per_element
 
+    def surrogate(self):
+        """Its gradient is that of the bound: pathwise, and each score-function site by the bound without its particle."""
+        total, _ = self.bound()
+        surrogate = total
+        for node in self.tree.nodes():
+            items = [(item, path) for item, path in self.items[node] if getattr(item, "family", "") in ("detached", "coin")]
+            names = (node.plate.name,) if self.combine else self.path_of(node)
+            for element in self._elements(columns(node)) if items else ():
+                for index in itertools.product(*(range(self.counts[n]) for n in names)):
+                    place = dict(zip(names, index, strict=True))
+                    without, _ = self.bound((node.plate.name, element, place))
+                    _, guide = self.traces({**dict.fromkeys(self.counts, 0), **place})
+                    score = sum(self._term(guide, item.name, path, element) for item, path in items)
+                    surrogate = surrogate + (total - without).detach() * score
+        return surrogate
+
     @staticmethod
     def _elements(plates):
         for index in itertools.product(*(range(p.elements) for p in plates)):
-            yield dict(zip(plates, index, strict=True))
+            yield dict(zip([p.key for p in plates], index, strict=True))
 
     @staticmethod
     def _scale(plates):
@@ -318,27 +355,26 @@ class Reference:
         total = torch.zeros(())
         full = {n: place.get(n, 0) for n in self.counts}
         model, guide = self.traces(full)
-        for path in node.mine:
-            for item in path[-1].latents:
-                total = (
-                    total + self._term(model, item.name, path, element) - self._term(guide, item.name, path, element)
-                )
-            for item in path[-1].seen:
-                if item.family == "mixture":
-                    total = total + self._mixture(model, item, path, element)
-                else:
-                    total = total + self._term(model, item.name, path, element)
+        for item, path in self.items[node]:
+            total = total + self._log_density(item, path, element, model, guide)
         for child in node.children:
-            further = [p for p in columns(child) if p not in element]
+            further = [p for p in columns(child) if p.key not in element]
             for rest in self._elements(further):
                 total = total + self._scale(further) * self._log_mean(child, {**element, **rest}, place, leave_out)
         return total
+
+    def _log_density(self, item, path, element, model, guide):
+        if isinstance(item, Latent):
+            return self._term(model, item.name, path, element) - self._term(guide, item.name, path, element)
+        if item.family == "mixture":
+            return self._mixture(model, item, path, element)
+        return self._term(model, item.name, path, element)
 
     def _sites(self, trace, name, path, element):
         """The sites of this name at an element of the sequential plates."""
         for index in itertools.product(*(range(p.elements) for p in path[1:] if p.dim is None)):
             sequential = dict(zip([p for p in path[1:] if p.dim is None], index, strict=True))
-            if all(element.get(p, i) == i for p, i in sequential.items()):
+            if all(element.get(p.key, i) == i for p, i in sequential.items()):
                 yield trace.nodes[name + "".join(f"_{i}" for i in index)]
 
     def _term(self, trace, name, path, element, density=None):
@@ -346,9 +382,9 @@ class Reference:
         for site in self._sites(trace, name, path, element):
             log_prob = site["fn"].log_prob(site["value"]) if density is None else density(site)
             for plate in path[1:]:
-                if plate.dim is not None and plate in element and log_prob.dim() >= -plate.dim:
-                    log_prob = log_prob.narrow(plate.dim, element[plate], 1)
-            scale = self._scale([p for p in path[1:] if p not in element])
+                if plate.dim is not None and plate.key in element and log_prob.dim() >= -plate.dim:
+                    log_prob = log_prob.narrow(plate.dim, element[plate.key], 1)
+            scale = self._scale([p for p in path[1:] if p.key not in element])
             total = total + scale * log_prob.sum()
         return total
 
