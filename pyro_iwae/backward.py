@@ -42,10 +42,10 @@ def weigh_drawn(call: Call, particles: Particles, index: Tensor, count: Tensor) 
     traces = run_model(call, taken, num_particles=index.shape[0], run=run, minibatch=particles.minibatch)
     guide = particles.pairs[0].guide
     pairs = [Pair(trace, guide) for trace in traces]
-    log_p = torch.cat([model_log_density(pair, layout, particles.common) for pair in pairs]).expand(index.shape)
+    log_p = model_log_density(pairs, layout, particles.common, index.shape)
     with torch.no_grad():
-        first = torch.cat([model_log_density(pair, layout, particles.common) for pair in particles.pairs])
-        first = first.expand(particles.weights.log_weights.shape).gather(0, index)
+        shape = particles.weights.log_weights.shape
+        first = model_log_density(particles.pairs, layout, particles.common, shape).gather(0, index)
     gap = torch.where(count > 0.0, log_p - first, 0.0)  # of value 0, and with the graph of the model
     _require_repeatable(gap, first)
     weights = particles.weights.drawn(index)

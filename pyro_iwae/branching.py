@@ -214,7 +214,7 @@ class Branching:
     # One candidate
 
     def _grow(self, chains: Mapping[Kind, Chain]) -> Tree | Fault:
-        order = sorted({c for c in chains.values() if c}, key=lambda c: (len(c), c))
+        order = sorted({c for c in chains.values() if c})  # each before those inside it, and these before the next
         numbers = {(): 0, **{c: i + 1 for i, c in enumerate(order)}}
         parents = {c: max((p for p in numbers if p == c[: len(p)] and p != c), key=len) for c in order}
         around = {c: {c} for c in numbers}

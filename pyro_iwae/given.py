@@ -71,8 +71,7 @@ def weigh_at(
     _require_reached(draws, at)
     summed_out = {n: v for n, v in draws.items() if n not in dict(latent_sites(at.pairs[0].guide))}
     pairs = _at_enumerated(call, summed_out, values, at, masked) if summed_out else at.pairs
-    log_p = torch.cat([model_log_density(p, at.layout, at.common) for p in pairs])
-    return at, log_p.expand(at.weights.log_weights.shape)
+    return at, model_log_density(pairs, at.layout, at.common, at.weights.log_weights.shape)
 
 
 def _at_enumerated(

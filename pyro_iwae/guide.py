@@ -34,6 +34,7 @@ from pyro_iwae.resampling import multinomial
 from pyro_iwae.selection import Selection, difference, model_values, select
 from pyro_iwae.state import module_behind, unchanged_state
 from pyro_iwae.structure import Structure, StructureCache
+from pyro_iwae.tree import PlateParticles
 from pyro_iwae.weighing import Particles, weigh_particles
 
 __all__ = ["ElboInterval", "ImportanceResampledGuide"]
@@ -79,6 +80,8 @@ class ImportanceResampledGuide(Owning):
         model: the model that the guide was trained for.
         guide: the guide.
         num_particles: how many particles, K.
+        plate_particles: further particles of the latents of some plates, as for :class:`ImportanceWeightedELBO`: what
+            lies outside these plates is drawn first, then each of their elements given that, by weights of its own.
         vectorize_particles: as for :class:`ImportanceWeightedELBO`.
         max_plate_nesting: likewise.
 
@@ -107,6 +110,7 @@ class ImportanceResampledGuide(Owning):
         guide: Callable[..., Any],
         num_particles: int = 64,
         *,
+        plate_particles: Mapping[str, int] | str | None = None,
         vectorize_particles: bool | None = None,
         max_plate_nesting: float = math.inf,
     ) -> None:
@@ -117,6 +121,8 @@ class ImportanceResampledGuide(Owning):
         self.model = model
         self.guide = guide
         self.num_particles = as_count("num_particles", num_particles)
+        PlateParticles.of(plate_particles, num_particles=self.num_particles)
+        self.plate_particles = plate_particles
         self.vectorize_particles = vectorize_particles
         self.max_plate_nesting = max_plate_nesting
         self._structures = StructureCache()
@@ -180,6 +186,7 @@ class ImportanceResampledGuide(Owning):
             values=values,
             minibatch=minibatch,
             averaged=averaged,
+            plate_particles=PlateParticles.of(self.plate_particles, num_particles=self.num_particles),
         )
 
     def _density_at(self, call: Call, values: Mapping[str, Tensor], particles: Particles) -> Selection:
@@ -221,7 +228,8 @@ class ImportanceResampledGuide(Owning):
             structure = self._weigh(self._call(args, kwargs), 1).structure
             if not structure.run.vectorized:
                 return _stacked([self(*args, **kwargs) for _ in range(num_draws)])
-            per_pass = max(1, NUMBERS_PER_PASS // (self.num_particles * max(1, structure.numbers)))
+            most = structure.run.tree.most(self.num_particles)
+            per_pass = max(1, NUMBERS_PER_PASS // (most * max(1, structure.numbers)))
             blocks = []
             for start in range(0, num_draws, per_pass):
                 size = min(per_pass, num_draws - start)

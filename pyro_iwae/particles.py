@@ -288,14 +288,29 @@ def spread_value(value: Tensor, site: Site, run: Run) -> Tensor:
 def stacked_latents(
     pairs: Sequence[Pair], *, run: Run, num_particles: int, batch_dims: Mapping[str, int]
 ) -> dict[str, Tensor]:
-    """Values of the guide's latents, by name, each ``(particles, *site shape)``."""
-    dim = run.particle_dim(num_particles)
-    return {
-        name: stacked_value(
-            [p.guide.nodes[name] for p in pairs],
-            particle_dim=dim,
-            num_particles=num_particles,
-            batch_dims=batch_dims.get(name),
-        )
-        for name, _ in latent_sites(pairs[0].guide)
-    }
+    """Values of the guide's latents, by name, each ``(*particles, *site shape)``; its node's particles come first."""
+    found = {}
+    for name, site in latent_sites(pairs[0].guide):
+        node = run.tree.home(site)
+        same: list[Site] = [p.guide.nodes[name] for p in runs_of(pairs, run, node, num_particles)]
+        if run.tree.grows:
+            found[name] = _stacked_in_tree(same, run, node, num_particles, batch_dims[name])
+        else:
+            dim = run.particle_dim(num_particles)
+            found[name] = stacked_value(
+                same, particle_dim=dim, num_particles=num_particles, batch_dims=batch_dims.get(name)
+            )
+    return found
+
+
+def _stacked_in_tree(sites: Sequence[Site], run: Run, node: int, num_particles: int, batch_dims: int) -> Tensor:
+    shape, events = run.tree.shape(node, num_particles), sites[0]["fn"].event_dim
+    if not run.vectorized:
+        rows = torch.stack([site["value"] for site in sites])
+        return rows.reshape(*shape, *rows.shape[1:])
+    value = sites[0]["value"]
+    width = run.width(num_particles) + events
+    value = value.reshape((1,) * (width - value.dim()) + value.shape)
+    own = value.shape[width - batch_dims - events :]
+    dims = [width + run.depth_of(i) - events for i in run.tree.path(node)]
+    return value.reshape(*(value.shape[d] for d in dims), *own).expand(*shape, *own)

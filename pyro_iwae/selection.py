@@ -5,8 +5,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -19,8 +19,10 @@ from torch import Tensor
 from pyro_iwae.gradients import OVIS, Pathwise
 from pyro_iwae.handlers import EnclosingPlates, Minibatch
 from pyro_iwae.logweights import LogWeights
-from pyro_iwae.particles import Call, spread_value, stacked_latents, stacked_value, unchanged_enumeration
+from pyro_iwae.particles import Call, runs_of, spread_value, stacked_latents, stacked_value, unchanged_enumeration
 from pyro_iwae.plates import PARTICLES, Layout, Site, latent_sites
+from pyro_iwae.reach import Reach
+from pyro_iwae.resampling import multinomial
 from pyro_iwae.terms import joint_log_density, model_log_density
 from pyro_iwae.traces import Unmasked
 from pyro_iwae.weighing import Particles
@@ -45,12 +47,13 @@ def select(call: Call, particles: Particles, index: Tensor) -> Selection:
     Args:
         call: what was run.
         particles: K weighed particles.
-        index: the particle of each element, ``(*plates)``.
+        index: the particle of each element, ``(*plates)``. Inside it one particle is drawn by weight for each element
+            of a plate that has particles of its own, and so on.
     """
     layout, weights = particles.layout, particles.weights
-    chosen, sites = _chosen_latents(particles, index)
-    log_p = torch.cat([model_log_density(p, layout, particles.common) for p in particles.pairs])
-    log_p = log_p.expand(weights.log_weights.shape).gather(0, index.unsqueeze(0)).squeeze(0)
+    places = list(_walk(weights, [index]))
+    chosen, sites = _chosen_latents(particles, places)
+    log_p = _log_density(particles, places)
     if particles.structure.run.enumerated:
         trace = _draw_enumerated(call, chosen, particles.minibatch, particles.structure.run.depth)
         drawn = dict(latent_sites(trace))
@@ -59,9 +62,10 @@ def select(call: Call, particles: Particles, index: Tensor) -> Selection:
         chosen |= {n: s["value"] for n, s in drawn.items()}
     values, sites = _of_model(chosen, sites)
     density = difference(log_p, _differentiable_bound(weights))
-    if weights.score is None:
+    score = _score(weights)
+    if score is None:
         return Selection(values, sites, density)
-    return Selection(values, sites, density, difference(log_p, weights.bound()), weights.score.sum(0))
+    return Selection(values, sites, density, difference(log_p, weights.bound()), score)
 
 
 def latent_values(particles: Particles) -> tuple[dict[str, Tensor], dict[str, Site]]:
@@ -107,16 +111,62 @@ def difference(log_p: Tensor, bound: Tensor) -> Tensor:
     return torch.where(bound == -torch.inf, 0.0, log_p - torch.where(bound == -torch.inf, 0.0, bound))
 
 
-def _chosen_latents(particles: Particles, index: Tensor) -> tuple[dict[str, Tensor], dict[str, Site]]:
+Place = list[Tensor]  # the particle of each element of a node, and the one further out that it is in, and so on
+
+
+def _walk(weights: LogWeights, place: Place) -> Iterator[tuple[LogWeights, Place]]:
+    """A node and its place, followed by those inside it, as the plate tree counts them."""
+    yield weights, place
+    for child in weights.children:
+        yield from _walk(child, _drawn_in(child, weights, place))
+
+
+def _drawn_in(child: LogWeights, node: LogWeights, place: Place) -> Place:
+    """One particle of each element, by its weight inside the particles that were drawn further out."""
+    log_weights = child.log_weights
+    outer = [child.laid(index, node.plates).expand(log_weights.shape[1 + len(place) :]) for index in place]
+    given = _at(log_weights.movedim(0, len(place)), outer)
+    return [multinomial(given), *outer]
+
+
+def _at(values: Tensor, place: Place) -> Tensor:
+    """Takes for each element, ``(*outer particles, ..., *plates)``, what belongs to its place."""
+    for index in place:
+        values = values.gather(0, index.expand(1, *values.shape[1:])).squeeze(0)
+    return values
+
+
+def _log_density(particles: Particles, places: Sequence[tuple[LogWeights, Place]]) -> Tensor:
+    """log p(x, z) of what was drawn, by element of the root; scaled inside it."""
+    root = particles.weights
+    run, total = particles.structure.run, torch.zeros_like(root.log_weights[0])
+    for i, (layout, (node, place)) in enumerate(zip(particles.layouts, places, strict=True)):
+        runs = runs_of(particles.pairs, run, i, root.num_particles)
+        log_p = model_log_density(runs, layout, particles.common, node.log_weights.shape)
+        value, scale = _at(log_p, place), layout.scale / particles.layout.scale
+        total = total + replace(node, scale=scale).summed(value, root.plates)
+    return total
+
+
+def _chosen_latents(
+    particles: Particles, places: Sequence[tuple[LogWeights, Place]]
+) -> tuple[dict[str, Tensor], dict[str, Site]]:
     """The guide's latents, ``(*site shape)``, each element from the particle chosen for it."""
-    if not particles.layout.plates and len(particles.pairs) > 1:  # sequential: sites may differ between particles
-        sites = dict(latent_sites(particles.pairs[int(index)].guide))
+    if not particles.layout.plates and len(particles.pairs) > 1 and not particles.structure.run.tree.grows:
+        sites = dict(latent_sites(particles.pairs[int(places[0][1][0])].guide))  # sites may differ between particles
         return {n: s["value"] for n, s in sites.items()}, sites
     values, sites = latent_values(particles)
     chosen = {}
     for name, value in values.items():
-        where = particles.layout.align(index.unsqueeze(0), sites[name], value)
-        chosen[name] = value.gather(0, where.expand(-1, *value.shape[1:])).squeeze(0)
+        node = particles.structure.run.tree.home(sites[name])
+        (_, place), layout = places[node], particles.layouts[node]
+        single = value[(0,) * len(place)].unsqueeze(0)
+        where = [layout.align(index.unsqueeze(0), sites[name], single).squeeze(0) for index in place]
+        for i, index in enumerate(where):
+            further = len(where) - 1 - i  # dimensions of particles that are still there
+            index = index.reshape((1,) * (1 + further) + index.shape)
+            value = value.gather(0, index.expand(1, *value.shape[1:])).squeeze(0)
+        chosen[name] = value
     return chosen, sites
 
 
@@ -147,6 +197,17 @@ def _draw_enumerated(
     for name, mask in unmasked.masks.items():  # the density of the draw is what an ELBO outside sees of the model
         trace.nodes[name]["mask"] = mask
     return trace
+
+
+def _score(weights: LogWeights) -> Tensor | None:
+    """log q of all particles' score-function sites, by element of the root; None where there are none."""
+    found = None
+    for node in (weights, *(reach.node for reach in Reach.of(weights).below())):
+        if node.score is not None:
+            value = node.score.sum(list(range(node.score.dim() - len(node.plates))))
+            value = replace(node, scale=1.0).summed(value, weights.plates)
+            found = value if found is None else found + value
+    return found
 
 
 def _differentiable_bound(weights: LogWeights) -> Tensor:

@@ -63,11 +63,11 @@ class Term:
         return self.role, self.name
 
 
-def model_log_density(pair: Pair, layout: Layout, common: Scale | None) -> Tensor:
-    """log p(x, z) of each particle and independent element, ``(particles, *plates)``, as it enters the weights."""
-    terms = terms_of(pair, layout, common)
-    log_p = sum_columns([(t.element, t.value) for t in terms if t.role == "model"], layout)
-    return torch.zeros((1,) * (1 + len(layout.plates))) if log_p is None else log_p
+def model_log_density(pairs: Sequence[Pair], layout: Layout, common: Scale | None, shape: Sequence[int]) -> Tensor:
+    """log p(x, z) of each particle and independent element, as it enters the weights, in their shape."""
+    tables = [[(t.element, t.value) for t in terms_of(pair, layout, common) if t.role == "model"] for pair in pairs]
+    log_p = joined(tables, layout, shape)
+    return torch.zeros(shape) if log_p is None else log_p
 
 
 def joint_log_density(trace: Trace, guide_trace: Trace, layout: Layout) -> Tensor:

@@ -87,7 +87,7 @@ class Node:
 
 @dataclass(frozen=True)
 class Tree:
-    """All nodes, the root first, each after its parent.
+    """All nodes: the root first, each followed by those inside it.
 
     Attributes:
         nodes: the nodes.
