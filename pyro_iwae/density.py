@@ -13,12 +13,12 @@ from torch import Tensor
 
 from pyro_iwae.resampling import multinomial
 
-__all__ = ["elbo_bracket", "log_density"]
+__all__ = ["drawn_bracket", "elbo_bracket", "log_density"]
 
 
 def log_density(
     log_p: Float[Tensor, "draws *plates"],
-    log_weights: Float[Tensor, "draws *plates"],
+    log_weights: Float[Tensor, "draws batches *plates"],
     companions: Float[Tensor, "batches *plates"],
     *,
     num_particles: int,
@@ -27,7 +27,7 @@ def log_density(
 
     Args:
         log_p: log p(x, z) at the draws.
-        log_weights: log w at the draws.
+        log_weights: log w at the draws, in each batch: where plates have particles of their own, companions differ.
         companions: log S_m, the log-sum-exp of K - 1 fresh log weights in each of M batches.
         num_particles: K.
 
@@ -36,10 +36,10 @@ def log_density(
 
     Example::
 
-        >>> log_density(torch.zeros(1), torch.zeros(1), torch.full((3,), -torch.inf), num_particles=1)  # K = 1 is q
+        >>> log_density(torch.zeros(1), torch.zeros(1, 3), torch.full((3,), -torch.inf), num_particles=1)  # K = 1 is q
         tensor([0.])
     """
-    inverse = -torch.logaddexp(log_weights.unsqueeze(1), companions.unsqueeze(0))
+    inverse = -torch.logaddexp(log_weights, companions.unsqueeze(0))
     return log_p + math.log(num_particles / companions.shape[0]) + inverse.logsumexp(1)
 
 
@@ -66,3 +66,22 @@ def elbo_bracket(batches: Float[Tensor, "batches particles *plates"]) -> Float[T
     upper = math.log(num_batches / num_particles) - fresh
     lower = math.log((num_batches + 1) / num_particles) - torch.logaddexp(with_own, fresh)
     return torch.stack([lower.mean(0), upper.mean(0)])
+
+
+def drawn_bracket(
+    with_own: Float[Tensor, "*plates"], fresh: Float[Tensor, "batches *plates"], *, num_particles: int
+) -> Float[Tensor, "2 *plates"]:
+    """The same for one draw, from log sums of K weights that hold the draw's.
+
+    Args:
+        with_own: among the companions that it was drawn with.
+        fresh: among the companions of M batches.
+        num_particles: K.
+
+    Returns:
+        Both bounds, stacked.
+    """
+    num_batches, fresh = fresh.shape[0], (-fresh).logsumexp(0)
+    upper = math.log(num_batches / num_particles) - fresh
+    lower = math.log((num_batches + 1) / num_particles) - torch.logaddexp(-with_own, fresh)
+    return torch.stack([lower, upper])

@@ -22,7 +22,7 @@ from pyro_iwae.traces import Pair, Unmasked
 from pyro_iwae.unconstrain import auxiliary_values
 from pyro_iwae.weighing import Particles
 
-__all__ = ["weigh_at"]
+__all__ = ["shaped_draws", "weigh_at"]
 
 
 def weigh_at(
@@ -52,14 +52,8 @@ def weigh_at(
     guide, count = call.guide, next(iter(draws.values())).shape[0]
     first = weigh(call, 1, minibatch=minibatch)
     sites = {n: s for n, s in latent_sites(first.pairs[0].guide) if settable(s)}
-    known = {**draws, **auxiliary_values(guide, draws)}
-    missing = sorted(sites.keys() - known.keys())
-    if missing:
-        raise NotImplementedError(
-            f"expected values for every latent of the guide, got none for {missing}; {type(guide).__name__} "
-            "draws these beside the model's latents, so that its density at given latents is not known"
-        )
-    values = {n: _as_run(known[n], s, first, call, count) for n, s in sites.items()}
+    shaped, run = shaped_draws(call, draws, first, sites), first.structure.run
+    values = {n: spread_value(v, sites[n], run) if count > 1 else v for n, v in shaped.items()}
     try:
         at = weigh(call, count, values=values, minibatch=minibatch, averaged=False)
     except (KeyError, NotImplementedError) as error:  # a flow without an inverse
@@ -110,11 +104,28 @@ def _require_reached(draws: Mapping[str, Tensor], at: Particles) -> None:
             )
 
 
-def _as_run(value: Tensor, site: Site, first: Particles, call: Call, count: int) -> Tensor:
-    """Values at given draws, ``(draws, *site shape)``, as a run of that many particles wants them."""
+def shaped_draws(
+    call: Call, draws: Mapping[str, Tensor], first: Particles, sites: Mapping[str, Site]
+) -> dict[str, Tensor]:
+    """Values for latents of the guide at given draws, each ``(draws, *site shape)``.
+
+    Raises:
+        NotImplementedError: where the guide draws others beside the model's.
+    """
+    known = {**draws, **auxiliary_values(call.guide, draws)}
+    missing = sorted(sites.keys() - known.keys())
+    if missing:
+        raise NotImplementedError(
+            f"expected values for every latent of the guide, got none for {missing}; {type(call.guide).__name__} "
+            "draws these beside the model's latents, so that its density at given latents is not known"
+        )
+    return {name: _shaped(known[name], site, first, call) for name, site in sites.items()}
+
+
+def _shaped(value: Tensor, site: Site, first: Particles, call: Call) -> Tensor:
     structure, event_shape = first.structure, site["fn"].event_shape
     batch_dims = structure.batch_dims.get(site["name"], len(site["fn"].batch_shape))
     if value.dim() - 1 - len(event_shape) != batch_dims:  # a joint guide's one latent
         sizes = {f.dim: f.size for f in call.enclosing}
-        value = value.reshape(count, *(sizes.get(d, 1) for d in range(-batch_dims, 0)), *event_shape)
-    return spread_value(value, site, structure.run) if count > 1 else value
+        value = value.reshape(len(value), *(sizes.get(d, 1) for d in range(-batch_dims, 0)), *event_shape)
+    return value

@@ -9,6 +9,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,7 +21,8 @@ from pyro.poutine.lift_messenger import LiftMessenger
 from pyro.poutine.messenger import block_messengers
 from torch import Tensor
 
-from pyro_iwae.density import elbo_bracket, log_density
+from pyro_iwae.companions import weigh_among
+from pyro_iwae.density import drawn_bracket, elbo_bracket, log_density
 from pyro_iwae.emission import Boundary, Emission
 from pyro_iwae.expectation import weighted_mean
 from pyro_iwae.given import weigh_at
@@ -173,9 +175,8 @@ class ImportanceResampledGuide(Owning):
         call: Call,
         num_particles: int | None = None,
         *,
-        values: Mapping[str, Tensor] | None = None,
-        minibatch: Minibatch | None = None,
-        averaged: bool = True,
+        in_plates: bool = True,
+        **options: Any,
     ) -> Particles:
         return weigh_particles(
             call,
@@ -183,17 +184,28 @@ class ImportanceResampledGuide(Owning):
             cache=self._structures,
             vectorize=self.vectorize_particles,
             max_plate_nesting=self.max_plate_nesting,
-            values=values,
-            minibatch=minibatch,
-            averaged=averaged,
-            plate_particles=PlateParticles.of(self.plate_particles, num_particles=self.num_particles),
+            plate_particles=self._wanted if in_plates else None,
+            **options,
         )
+
+    @property
+    def _wanted(self) -> PlateParticles | None:
+        return PlateParticles.of(self.plate_particles, num_particles=self.num_particles)
+
+    def _at(
+        self, call: Call, draws: Mapping[str, Tensor], minibatch: Minibatch | None = None, *, masked: bool = False
+    ) -> tuple[Particles, Tensor, Callable[[], Tensor]]:
+        """Particles at given draws, log p(x, z) there, and their log weights, with fresh companions in plates."""
+        at, log_p = weigh_at(call, draws, partial(self._weigh, in_plates=False), minibatch, masked=masked)
+        if self._wanted is None:
+            return at, log_p, lambda: at.weights.log_weights
+        return at, log_p, lambda: weigh_among(call, draws, self._weigh, at.minibatch)
 
     def _density_at(self, call: Call, values: Mapping[str, Tensor], particles: Particles) -> Selection:
         """log q~ at values that a handler chose, its companions K - 1 of the particles, whichever was selected."""
         stacked = {n: v.unsqueeze(0) for n, v in values.items()}
-        at, log_p = weigh_at(call, stacked, self._weigh, particles.minibatch, masked=True)
-        log_weights = torch.cat([at.weights.log_weights, particles.weights.log_weights[1:]])
+        _, log_p, weigh = self._at(call, stacked, particles.minibatch, masked=True)
+        log_weights = torch.cat([weigh(), particles.weights.log_weights[1:]])
         bound = log_weights.logsumexp(0) - math.log(self.num_particles)
         return Selection(dict(values), {}, difference(log_p.squeeze(0), bound))
 
@@ -290,11 +302,12 @@ class ImportanceResampledGuide(Owning):
         num_batches = as_count("num_batches", num_batches)
         call = self._call(args, kwargs)
         with self._apart():
-            at, log_p = weigh_at(call, dict(draws), self._weigh)
+            at, log_p, weigh = self._at(call, dict(draws))
             _refuse_tempered(at.weights, "log_density")
             batches = [self._companions(call, at.minibatch) for _ in range(num_batches)]
             sums = torch.stack([batch[1:].logsumexp(0) for batch in batches])
-            return log_density(log_p, at.weights.log_weights, sums, num_particles=self.num_particles)
+            log_weights = torch.stack([weigh() for _ in range(num_batches)], 1)
+            return log_density(log_p, log_weights, sums, num_particles=self.num_particles)
 
     def elbo_interval(self, *args: Any, num_batches: int = 32, num_replicates: int = 16, **kwargs: Any) -> ElboInterval:
         """Lower and upper bound on ELBO[q_EW], which is never below the importance weighted bound.
@@ -328,7 +341,12 @@ class ImportanceResampledGuide(Owning):
         first = self._weigh(call)
         _refuse_tempered(first.weights, "elbo_interval")
         rest = [self._companions(call, first.minibatch) for _ in range(num_batches)]
-        return elbo_bracket(torch.stack([first.weights.log_weights, *rest]))
+        if self._wanted is None:
+            return elbo_bracket(torch.stack([first.weights.log_weights, *rest]))
+        selection = select(call, first, multinomial(first.weights.log_weights))
+        _, _, weigh = self._at(call, {n: v.unsqueeze(0) for n, v in selection.values.items()}, first.minibatch)
+        fresh = torch.stack([torch.logaddexp(weigh().squeeze(0), batch[1:].logsumexp(0)) for batch in rest])
+        return drawn_bracket(first.weights.log_weights.logsumexp(0), fresh, num_particles=self.num_particles)
 
     def _companions(self, call: Call, minibatch: Minibatch) -> Tensor:
         return self._weigh(call, minibatch=minibatch).weights.log_weights

@@ -120,6 +120,7 @@ def run_particles(
     run: Run,
     minibatch: Minibatch,
     values: Mapping[str, Tensor] | None = None,
+    sites: Mapping[str, Site] | None = None,
     recording: Recording | None = None,
 ) -> list[Pair]:
     """Runs K particles: one pair of traces if vectorised, else K pairs, or one for each leaf of the plate tree.
@@ -129,7 +130,9 @@ def run_particles(
         num_particles: K.
         run: how.
         minibatch: the indices to share.
-        values: values for latents of the guide, each of shape ``(particles, *site shape)``.
+        values: values for latents of the guide, each of shape ``(particles, *site shape)`` as a run wants them; where
+            plates have particles of their own, ``(*particles, *site shape)`` of the latent's node.
+        sites: the sites of these values, where plates have particles of their own.
         recording: what to record for back-propagation; None is all, and no cut.
     """
     outside = EnclosingPlates(call.enclosing)  # within poutine.replay, as plates must be to broadcast
@@ -150,11 +153,14 @@ def run_particles(
         replay=_in_blocks(call, run, num_particles, recording, outside) if wide else None,
     )
     with unchanged_enumeration(), minibatch:
+        values, sites = values or {}, sites or {}
+        if wide and run.tree.grows:
+            return [once(values={n: _spread_in_tree(v, sites[n], run) for n, v in values.items()})]
         if wide:
             return [once(values=values)]
         if run.tree.grows:
-            return _one_by_one(once, run.tree, num_particles)
-        singles = [{n: v[k] for n, v in (values or {}).items()} for k in range(num_particles)]
+            return _one_by_one(once, run.tree, num_particles, values, sites)
+        singles = [{n: v[k] for n, v in values.items()} for k in range(num_particles)]
         return [replace(once(values=single), place={0: k}) for k, single in enumerate(singles)]
 
 
@@ -179,10 +185,18 @@ def _in_blocks(
     )
 
 
-def _one_by_one(once: Callable[..., Pair], tree: Tree, num_particles: int) -> list[Pair]:
+def _one_by_one(
+    once: Callable[..., Pair],
+    tree: Tree,
+    num_particles: int,
+    values: Mapping[str, Tensor],
+    sites: Mapping[str, Site],
+) -> list[Pair]:
     """A run for each leaf of the plate tree, on values that earlier runs have drawn for the particles around it."""
     drawn: dict[tuple[str, tuple[int, ...]], Tensor] = {}
-    homes: dict[str, int] = {}
+    homes = {n: tree.home(sites[n]) for n in values}
+    for name, home in homes.items():
+        drawn.update({(name, index): values[name][index] for index in tree.grid(home, num_particles)})
     pairs = []
     for place in _places(tree, tree.counts(num_particles)):
 
@@ -301,6 +315,16 @@ def stacked_latents(
                 same, particle_dim=dim, num_particles=num_particles, batch_dims=batch_dims.get(name)
             )
     return found
+
+
+def _spread_in_tree(value: Tensor, site: Site, run: Run) -> Tensor:
+    """``(*particles, *site shape)`` as a run of all particles wants it."""
+    path, events = run.tree.path(run.tree.home(site)), site["fn"].event_dim
+    own = value.shape[len(path) :]
+    lead = dict(zip((run.depth_of(i) for i in path), value.shape, strict=False))
+    width = run.depth_of(path[0])
+    batch = [lead.get(d, 1) for d in range(width, -(len(own) - events))]
+    return value.reshape(*batch, *own)
 
 
 def _stacked_in_tree(sites: Sequence[Site], run: Run, node: int, num_particles: int, batch_dims: int) -> Tensor:

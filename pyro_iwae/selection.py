@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -19,12 +19,13 @@ from torch import Tensor
 from pyro_iwae.gradients import OVIS, Pathwise
 from pyro_iwae.handlers import EnclosingPlates, Minibatch
 from pyro_iwae.logweights import LogWeights
-from pyro_iwae.particles import Call, runs_of, spread_value, stacked_latents, stacked_value, unchanged_enumeration
+from pyro_iwae.particles import Call, spread_value, stacked_latents, stacked_value, unchanged_enumeration
 from pyro_iwae.plates import PARTICLES, Layout, Site, latent_sites
 from pyro_iwae.reach import Reach
-from pyro_iwae.resampling import multinomial
-from pyro_iwae.terms import joint_log_density, model_log_density
+from pyro_iwae.terms import joint_log_density
 from pyro_iwae.traces import Unmasked
+from pyro_iwae.tree import Tree
+from pyro_iwae.walking import Stand, chosen, log_density, walks
 from pyro_iwae.weighing import Particles
 
 __all__ = ["Selection", "difference", "latent_values", "model_values", "select"]
@@ -51,16 +52,17 @@ def select(call: Call, particles: Particles, index: Tensor) -> Selection:
             of a plate that has particles of its own, and so on.
     """
     layout, weights = particles.layout, particles.weights
-    places = list(_walk(weights, [index]))
-    chosen, sites = _chosen_latents(particles, places)
-    log_p = _log_density(particles, places)
+    stands = walks(weights, index.unsqueeze(0))
+    carried, sites = _carried(particles, stands)
+    drawn = {n: v.squeeze(0) for n, v in carried.items()}
+    log_p = log_density(particles, stands).squeeze(0)
     if particles.structure.run.enumerated:
-        trace = _draw_enumerated(call, chosen, particles.minibatch, particles.structure.run.depth)
-        drawn = dict(latent_sites(trace))
+        trace = _draw_enumerated(call, drawn, particles.minibatch, particles.structure.run.depth)
+        summed_out = dict(latent_sites(trace))
         log_p = joint_log_density(trace, particles.pairs[0].guide, Layout(layout.plates)).squeeze(0)
-        sites |= drawn
-        chosen |= {n: s["value"] for n, s in drawn.items()}
-    values, sites = _of_model(chosen, sites)
+        sites |= summed_out
+        drawn |= {n: s["value"] for n, s in summed_out.items()}
+    values, sites = _of_model(drawn, sites)
     density = difference(log_p, _differentiable_bound(weights))
     score = _score(weights)
     if score is None:
@@ -86,9 +88,19 @@ def latent_values(particles: Particles) -> tuple[dict[str, Tensor], dict[str, Si
 
 
 def model_values(call: Call, particles: Particles) -> tuple[dict[str, Tensor], dict[str, Site]]:
-    """The same for the model's latents, without the guide's own; enumerated sites are drawn for each particle."""
-    values, sites = _of_model(*latent_values(particles))
-    run, count = particles.structure.run, particles.weights.num_particles
+    """The model's latents with each particle of the root, ``(particles, *site shape)``, and their sites.
+
+    What has particles of its own inside is drawn by weight, enumerated sites too.
+    """
+    weights, run = particles.weights, particles.structure.run
+    count = weights.num_particles
+    if run.tree.grows:
+        index = torch.arange(count, device=weights.log_weights.device)
+        index = index.reshape(-1, *(1,) * len(weights.plates)).expand(weights.log_weights.shape)
+        values, sites = _of_model(*_carried(particles, walks(weights, index)))
+        run = replace(run, tree=Tree())
+    else:
+        values, sites = _of_model(*latent_values(particles))
     if not run.enumerated:
         return values, sites
     dim = run.particle_dim(count)
@@ -111,63 +123,16 @@ def difference(log_p: Tensor, bound: Tensor) -> Tensor:
     return torch.where(bound == -torch.inf, 0.0, log_p - torch.where(bound == -torch.inf, 0.0, bound))
 
 
-Place = list[Tensor]  # the particle of each element of a node, and the one further out that it is in, and so on
-
-
-def _walk(weights: LogWeights, place: Place) -> Iterator[tuple[LogWeights, Place]]:
-    """A node and its place, followed by those inside it, as the plate tree counts them."""
-    yield weights, place
-    for child in weights.children:
-        yield from _walk(child, _drawn_in(child, weights, place))
-
-
-def _drawn_in(child: LogWeights, node: LogWeights, place: Place) -> Place:
-    """One particle of each element, by its weight inside the particles that were drawn further out."""
-    log_weights = child.log_weights
-    outer = [child.laid(index, node.plates).expand(log_weights.shape[1 + len(place) :]) for index in place]
-    given = _at(log_weights.movedim(0, len(place)), outer)
-    return [multinomial(given), *outer]
-
-
-def _at(values: Tensor, place: Place) -> Tensor:
-    """Takes for each element, ``(*outer particles, ..., *plates)``, what belongs to its place."""
-    for index in place:
-        values = values.gather(0, index.expand(1, *values.shape[1:])).squeeze(0)
-    return values
-
-
-def _log_density(particles: Particles, places: Sequence[tuple[LogWeights, Place]]) -> Tensor:
-    """log p(x, z) of what was drawn, by element of the root; scaled inside it."""
-    root = particles.weights
-    run, total = particles.structure.run, torch.zeros_like(root.log_weights[0])
-    for i, (layout, (node, place)) in enumerate(zip(particles.layouts, places, strict=True)):
-        runs = runs_of(particles.pairs, run, i, root.num_particles)
-        log_p = model_log_density(runs, layout, particles.common, node.log_weights.shape)
-        value, scale = _at(log_p, place), layout.scale / particles.layout.scale
-        total = total + replace(node, scale=scale).summed(value, root.plates)
-    return total
-
-
-def _chosen_latents(
-    particles: Particles, places: Sequence[tuple[LogWeights, Place]]
-) -> tuple[dict[str, Tensor], dict[str, Site]]:
-    """The guide's latents, ``(*site shape)``, each element from the particle chosen for it."""
-    if not particles.layout.plates and len(particles.pairs) > 1 and not particles.structure.run.tree.grows:
-        sites = dict(latent_sites(particles.pairs[int(places[0][1][0])].guide))  # sites may differ between particles
-        return {n: s["value"] for n, s in sites.items()}, sites
+def _carried(particles: Particles, stands: Sequence[Stand]) -> tuple[dict[str, Tensor], dict[str, Site]]:
+    """The guide's latents, ``(walks, *site shape)``, each element from the particle chosen for it."""
+    tree = particles.structure.run.tree
+    if not particles.layout.plates and len(particles.pairs) > 1 and not tree.grows:
+        ((index,),) = stands[0].place  # sites may differ between particles
+        sites = dict(latent_sites(particles.pairs[int(index)].guide))
+        return {n: s["value"].unsqueeze(0) for n, s in sites.items()}, sites
     values, sites = latent_values(particles)
-    chosen = {}
-    for name, value in values.items():
-        node = particles.structure.run.tree.home(sites[name])
-        (_, place), layout = places[node], particles.layouts[node]
-        single = value[(0,) * len(place)].unsqueeze(0)
-        where = [layout.align(index.unsqueeze(0), sites[name], single).squeeze(0) for index in place]
-        for i, index in enumerate(where):
-            further = len(where) - 1 - i  # dimensions of particles that are still there
-            index = index.reshape((1,) * (1 + further) + index.shape)
-            value = value.gather(0, index.expand(1, *value.shape[1:])).squeeze(0)
-        chosen[name] = value
-    return chosen, sites
+    homes = {n: tree.home(site) for n, site in sites.items()}
+    return {n: chosen(v, stands[homes[n]], particles.layouts[homes[n]], sites[n]) for n, v in values.items()}, sites
 
 
 def _of_model(values: Mapping[str, Tensor], sites: Mapping[str, Site]) -> tuple[dict[str, Tensor], dict[str, Site]]:

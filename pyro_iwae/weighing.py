@@ -65,6 +65,7 @@ def weigh_particles(
     warn_of_enumeration: bool = True,
     minibatch: Minibatch | None = None,
     values: Mapping[str, Any] | None = None,
+    sites: Mapping[str, Site] | None = None,
     averaged: bool = True,
     recording: Recording | None = None,
     plate_particles: PlateParticles | None = None,
@@ -80,6 +81,7 @@ def weigh_particles(
         warn_of_enumeration: warn where K > 1 samples guide sites that ask for enumeration.
         minibatch: indices that are settled already.
         values: values for latents of the guide, as a run of K particles wants them.
+        sites: their sites, where plates have particles of their own.
         averaged: whether the K weights are to be averaged; False where each is wanted for itself.
         recording: what to record for back-propagation; None is all, and no cut.
         plate_particles: the plates that have particles of their own.
@@ -110,6 +112,7 @@ def weigh_particles(
             run=structure.run,
             minibatch=minibatch,
             values=values,
+            sites=sites,
             recording=recording,
         )
 

@@ -9,8 +9,8 @@ import torch
 from hypothesis import event, given, note
 from hypothesis import strategies as st
 
-from pyro_iwae import ImportanceWeightedELBO
-from tests.trees import COUNTS, Reference, tree_programs
+from pyro_iwae import OVIS, VIMCO, ImportanceWeightedELBO
+from tests.trees import Reference, tree_programs
 
 pytestmark = [
     pytest.mark.usefixtures("double"),
@@ -28,20 +28,42 @@ def gradients(loss):
     return {n: torch.zeros_like(p) if g is None else g for (n, p), g in zip(params.items(), grads, strict=True)}
 
 
-@given(tree_programs(), st.sampled_from([None, True, False]))
-def test_value_and_gradient_equal_loops_over_particles(program, vectorize):
+SCORE = {"mean": VIMCO(), "balanced": OVIS()}
+
+
+@given(tree_programs(), st.sampled_from([None, True, False]), st.sampled_from([1, 2, 2]), st.sampled_from(list(SCORE)))
+def test_value_and_gradient_equal_loops_over_particles(program, vectorize, num_particles, score):
+    check(program, vectorize, num_particles, score, combine=False)
+
+
+@given(
+    tree_programs(guided=False),
+    st.sampled_from([None, False]),
+    st.sampled_from([1, 2, 2]),
+    st.sampled_from(list(SCORE)),
+)
+def test_combinations_equal_loops_over_combinations(program, vectorize, num_particles, score):
+    check(program, vectorize, num_particles, score, combine=bool(program.plate_particles))
+
+
+def check(program, vectorize, num_particles, score, combine):
     note(program)
     pyro.clear_param_store()
     pyro.set_rng_seed(program.seed)
     elbo = ImportanceWeightedELBO(
-        num_particles=COUNTS[0], vectorize_particles=vectorize, plate_particles=program.plate_particles
+        num_particles=num_particles,
+        vectorize_particles=vectorize,
+        plate_particles=program.plate_particles,
+        combine=combine,
+        score=SCORE[score],
     )
     elbo.loss(program.model, program.guide)
     program.tape.clear()
     loss = elbo.differentiable_loss(program.model, program.guide)
-    reference = Reference(program, COUNTS[0])
+    reference = Reference(program, num_particles, combine)
     event(f"nodes: {len(list(reference.tree.nodes()))}")
     total, _ = reference.bound()
     assert -loss.item() == pytest.approx(total.item(), rel=1e-9, abs=1e-9)
     if loss.requires_grad:
-        torch.testing.assert_close(gradients(-loss), gradients(reference.surrogate()), rtol=1e-7, atol=1e-8)
+        expected = gradients(reference.surrogate(score))
+        torch.testing.assert_close(gradients(-loss), expected, rtol=1e-7, atol=1e-8)

@@ -217,6 +217,19 @@ def columns(node):
     return [p for p in paths[0] if all(p.key in held for held in keys)] if paths else list(node.around[1:])
 
 
+@dataclass(frozen=True)
+class Changed:
+    """A particle that is taken out of its node, or replaced by the mean of its companions."""
+
+    node: str
+    element: dict
+    place: dict
+    replaced: bool
+
+    def is_at(self, node, element, place):
+        return node == self.node and element == self.element and all(place[n] == i for n, i in self.place.items())
+
+
 class Reference:
     """The bound by loops, with the graph of the guide's draws."""
 
@@ -232,7 +245,7 @@ class Reference:
                 for item in (*path[-1].latents, *path[-1].seen):
                     self._place(item, path, node, parents)
         self.minibatch = {n: v for n, v in program.tape[0].items() if n.endswith("_idx") or n in self._plate_names()}
-        self.runs = {}
+        self.runs, self.known = {}, {}
 
     def _place(self, item, path, node, parents):
         """Where a site is weighed: at the innermost node in all of whose elements it lies; else once, for itself."""
@@ -301,31 +314,34 @@ class Reference:
             self.runs[key] = found
         return self.runs[key]
 
-    def bound(self, leave_out=None):
-        """The bound by element of the root's columns; ``leave_out``: (node name, element, place) of a particle."""
+    def bound(self, changed=None):
+        """The bound, and by element of the root."""
         per_element, plates = [], columns(self.tree)
         model, guide = self.traces(dict.fromkeys(self.counts, 0))
         total = sum((self._log_density(item, path, {}, model, guide) for item, path in self.constants), torch.zeros(()))
         for element in self._elements(plates):
-            value = self._log_mean(self.tree, element, {}, leave_out)
+            value = self._log_mean(self.tree, element, {}, changed)
             per_element.append(value)
             total = total + self._scale(plates) * value
         return total, per_element
 
-    def surrogate(self):
-        """Its gradient is that of the bound: pathwise, and each score-function site by the bound without its particle."""
+    def surrogate(self, score="balanced"):
+        """Its gradient is that of the bound: pathwise, and the other sites by the bound without each particle."""
         total, _ = self.bound()
         surrogate = total
         for node in self.tree.nodes():
-            items = [(item, path) for item, path in self.items[node] if getattr(item, "family", "") in ("detached", "coin")]
+            drawn = [(i, path) for i, path in self.items[node] if getattr(i, "family", "") in ("detached", "coin")]
             names = (node.plate.name,) if self.combine else self.path_of(node)
-            for element in self._elements(columns(node)) if items else ():
+            for element in self._elements(columns(node)) if drawn else ():
                 for index in itertools.product(*(range(self.counts[n]) for n in names)):
                     place = dict(zip(names, index, strict=True))
-                    without, _ = self.bound((node.plate.name, element, place))
                     _, guide = self.traces({**dict.fromkeys(self.counts, 0), **place})
-                    score = sum(self._term(guide, item.name, path, element) for item, path in items)
-                    surrogate = surrogate + (total - without).detach() * score
+                    log_q = sum(self._term(guide, item.name, path, element) for item, path in drawn)
+                    without, _ = self.bound(Changed(node.plate.name, element, place, score == "mean"))
+                    if self.counts[node.plate.name] == 1 and without == -math.inf:  # all of it, and no -v_k part
+                        surrogate = surrogate + (total.detach() + 1.0) * log_q
+                    else:
+                        surrogate = surrogate + (total - without).detach() * log_q
         return surrogate
 
     @staticmethod
@@ -337,31 +353,35 @@ class Reference:
     def _scale(plates):
         return math.prod(p.size / p.elements for p in plates)
 
-    def _log_mean(self, node, element, place, leave_out=None):
-        weights = []
+    def _log_mean(self, node, element, place, changed=None):
+        """log (1/M) sum_m w_m; ``changed``: a particle that is left out, or the mean of the others in its place."""
+        weights, gone = [], []
         for m in range(self.counts[node.plate.name]):
             here = {**place, node.plate.name: m}
-            weight = self._weight(node, element, here, leave_out)
-            if leave_out is not None and leave_out[0] == node.plate.name and leave_out[1] == element:
-                keys = [node.plate.name] if self.combine else list(here)
-                if all(here[n] == leave_out[2][n] for n in keys):
-                    continue
-            weights.append(weight)
-        if not weights:
-            return torch.tensor(-math.inf)
-        return torch.stack(weights).logsumexp(0) - math.log(self.counts[node.plate.name])
+            weights.append(self._weight(node, element, here, changed))
+            gone.append(changed is not None and changed.is_at(node.plate.name, element, here))
+        kept = torch.stack([w for w, out in zip(weights, gone, strict=True) if not out] or [torch.tensor(-math.inf)])
+        total = kept.logsumexp(0)
+        if any(gone) and changed.replaced:
+            total = total + math.log(len(weights) / len(kept))
+        return total - math.log(len(weights))
 
-    def _weight(self, node, element, place, leave_out=None):
-        total = torch.zeros(())
-        full = {n: place.get(n, 0) for n in self.counts}
-        model, guide = self.traces(full)
-        for item, path in self.items[node]:
-            total = total + self._log_density(item, path, element, model, guide)
+    def _weight(self, node, element, place, changed=None):
+        total = self._own(node, element, place)
         for child in node.children:
             further = [p for p in columns(child) if p.key not in element]
             for rest in self._elements(further):
-                total = total + self._scale(further) * self._log_mean(child, {**element, **rest}, place, leave_out)
+                total = total + self._scale(further) * self._log_mean(child, {**element, **rest}, place, changed)
         return total
+
+    def _own(self, node, element, place):
+        key = (node.plate.name, str(element), str(place))
+        if key not in self.known:
+            model, guide = self.traces({n: place.get(n, 0) for n in self.counts})
+            items = self.items[node]
+            terms = (self._log_density(item, path, element, model, guide) for item, path in items)
+            self.known[key] = sum(terms, torch.zeros(()))
+        return self.known[key]
 
     def _log_density(self, item, path, element, model, guide):
         if isinstance(item, Latent):
