@@ -251,17 +251,22 @@ class Branching:
         for name, site in sites.items():
             found = reaching[name] | {homes.get(label(name, site), ())}
             inner = max(found, key=len)
-            apart = found - around[inner]
+            apart = [(a, b) for a, b in itertools.permutations(found, 2) if a not in around[b] and b not in around[a]]
             if apart:
-                other = next(iter(apart))
-                plates = frozenset((*inner, *other))
-                return Fault(
-                    plates,
-                    f"site '{name}' depends on latents of plate '{inner[-1]}' and on latents of plate '{other[-1]}', "
-                    "neither of which lies inside the other",
-                )
+                return self._crossing(name, chains, *min(apart, key=lambda pair: (pair[0][-1] == pair[1][-1], pair)))
             homes[label(name, site)] = inner
         return homes
+
+    def _crossing(self, name: str, chains: Mapping[Kind, Chain], one: Chain, other: Chain) -> Fault:
+        def latents(chain: Chain) -> list[str]:
+            kinds = [k for k, c in chains.items() if c == chain and name in self.reached[k]]
+            return sorted(n for n, kind in self.kinds.items() if kind in kinds)
+
+        return Fault(
+            frozenset((*one, *other)),
+            f"site '{name}' depends on latents {latents(one)} of plate '{one[-1]}' and on {latents(other)} of plate "
+            f"'{other[-1]}', neither of which lies inside the other",
+        )
 
     def _layout_of(self, chain: Chain, inside: frozenset[str], parent: Layout) -> Layout | Fault:
         """The columns of a node: its parent's and its own plate, and all else that holds the latents inside it."""

@@ -3,13 +3,35 @@
 
 """Plates with particles of their own: the bound, by loops over all particles; and what it reduces to."""
 
+import itertools
+import math
+
 import pyro
+import pyro.distributions as dist
 import pytest
 import torch
-from hypothesis import event, given, note
+from hypothesis import event, given, note, settings
 from hypothesis import strategies as st
+from pyro import poutine
+from pyro.distributions.testing.fakes import NonreparameterizedNormal
+from pyro.infer import Trace_ELBO
+from pyro.infer.autoguide import AutoMultivariateNormal, AutoNormal
 
-from pyro_iwae import OVIS, VIMCO, ImportanceWeightedELBO
+from pyro_iwae import (
+    CIWAE,
+    MIWAE,
+    OVIS,
+    PIWAE,
+    VIMCO,
+    DoublyReparameterized,
+    ImportanceResampledGuide,
+    ImportanceWeightedELBO,
+    Pathwise,
+    Renyi,
+    SampledBackward,
+    StickTheLanding,
+)
+from tests.statistics import assert_mean, assert_same_mean
 from tests.trees import Reference, tree_programs
 
 pytestmark = [
@@ -59,7 +81,7 @@ def check(program, vectorize, num_particles, score, combine):
     )
     elbo.loss(program.model, program.guide)
     program.tape.clear()
-    loss = elbo.differentiable_loss(program.model, program.guide)
+    loss = torch.as_tensor(elbo.differentiable_loss(program.model, program.guide))
     reference = Reference(program, num_particles, combine)
     event(f"nodes: {len(list(reference.tree.nodes()))}")
     total, _ = reference.bound()
@@ -67,3 +89,579 @@ def check(program, vectorize, num_particles, score, combine):
     if loss.requires_grad:
         expected = gradients(reference.surrogate(score))
         torch.testing.assert_close(gradients(-loss), expected, rtol=1e-7, atol=1e-8)
+
+
+# Small models by hand
+
+
+N = 6
+DATA = torch.tensor([0.4, -1.1, 2.3, 0.0, 1.2, -0.3], dtype=torch.float64)
+
+
+def normals(rows=None, *, local_given=True, families=(dist.Normal, dist.Normal)):
+    """mu ~ N(0, 1), z_i ~ N(mu, 1), x_i ~ N(z_i, 1), and a guide that is a little off; minibatches of so many rows."""
+
+    def plate():
+        return pyro.plate("data", N, rows)
+
+    def model():
+        mu = pyro.sample("mu", dist.Normal(torch.tensor(0.0), 1.0))
+        with plate() as rows:
+            z = pyro.sample("z", dist.Normal(mu, 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=DATA[rows])
+
+    def guide():
+        a = pyro.param("a", torch.tensor(0.3))
+        b = pyro.param("b", torch.tensor(0.1))
+        s = pyro.param("s", torch.tensor(0.7), constraint=dist.constraints.positive)
+        mu = pyro.sample("mu", families[0](a, s))
+        with plate() as rows:
+            pyro.sample("z", families[1](b + DATA[rows] / 2 + (0.5 * mu if local_given else 0.2), 1.1 * s))
+
+    return model, guide
+
+
+def evidence():
+    return dist.MultivariateNormal(torch.zeros(N), 2 * torch.eye(N) + 1).log_prob(DATA)
+
+
+def values(elbo, model, guide, draws):
+    return torch.tensor([-elbo.loss(model, guide) for _ in range(draws)])
+
+
+def test_no_named_plate_and_one_of_everything_are_the_plain_bound():
+    model, guide = normals()
+    found = []
+    for options in ({}, {"plate_particles": {}}, {"plate_particles": None}):
+        pyro.set_rng_seed(1)
+        found.append(ImportanceWeightedELBO(5, **options).loss(model, guide))
+    assert found[0] == found[1] == found[2]
+    for plate_particles in (None, {"data": 1}):
+        pyro.set_rng_seed(1)
+        found.append(ImportanceWeightedELBO(1, plate_particles=plate_particles).loss(model, guide))
+    pyro.set_rng_seed(1)
+    assert found[3] == found[4] == pytest.approx(Trace_ELBO().loss(model, guide))
+
+
+def test_one_particle_of_each_element_is_the_plain_bound():
+    """M = 1: each of the K weights is what it is without the tree, on the same draws."""
+    model, guide = normals()
+    plain, tree = (ImportanceWeightedELBO(5, plate_particles=p) for p in (None, {"data": 1}))
+    found = []
+    for elbo in (plain, tree):
+        elbo.loss(model, guide)
+        pyro.set_rng_seed(1)
+        found.append(elbo.log_weights(model, guide).log_weights)
+    torch.testing.assert_close(found[0], found[1])
+
+
+def test_auto_gives_every_plate_with_latents_the_count():
+    model, guide = normals()
+    weights = ImportanceWeightedELBO(3, plate_particles="auto").log_weights(model, guide)
+    (child,) = weights.children
+    assert child.plates == ("data",) and child.log_weights.shape == (3, 3, N)
+
+
+@pytest.mark.parametrize("options", [{}, {"combine": True}], ids=["inside", "combined"])
+def test_at_the_exact_posterior_there_is_no_noise(options):
+    """g and z_i independent a posteriori: every weight is the evidence, whatever the particles."""
+
+    def model():
+        pyro.sample("g", dist.Normal(0.0, 1.0))
+        with pyro.plate("data", N):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=DATA)
+
+    loc = (DATA / 2).requires_grad_()
+    scale = torch.full((N,), 0.5**0.5, requires_grad=True)
+
+    def guide():
+        pyro.sample("g", dist.Normal(0.0, 1.0))
+        with pyro.plate("data", N):
+            pyro.sample("z", dist.Normal(loc, scale))
+
+    for gradient in (StickTheLanding(), DoublyReparameterized()):
+        elbo = ImportanceWeightedELBO(3, plate_particles={"data": 4}, gradient=gradient, **options)
+        loss = elbo.differentiable_loss(model, guide)
+        assert -loss.item() == pytest.approx(dist.Normal(0.0, 2**0.5).log_prob(DATA).sum().item())
+        for grad in torch.autograd.grad(loss, [loc, scale]):
+            assert grad.abs().max() < 1e-12
+
+
+# Gradients through the tree: replicates in an independent plate, with parameters of their own
+
+REPLICATES = 20_000
+
+
+def replicated(model_of, guide_of, names):
+    """Model, guide and a row of parameters for each replicate."""
+    params = {name: torch.full((REPLICATES,), value).requires_grad_() for name, value in names.items()}
+
+    def inside(fn):
+        def run():
+            with pyro.plate("replicates", REPLICATES, dim=-1):
+                fn(params)
+
+        return run
+
+    return inside(model_of), inside(guide_of), params
+
+
+def per_replicate(elbo, model, guide, params):
+    elbo.loss(model, guide)
+    grads = torch.autograd.grad(-elbo.differentiable_loss(model, guide), list(params.values()))
+    return torch.stack(grads, -1)
+
+
+START = {"a": 0.3, "s": -0.2, "b": 0.2, "t": -0.3, "c": 0.1}
+
+
+def nested_model(p):
+    g = pyro.sample("g", dist.Normal(0.4, 1.0))
+    with pyro.plate("rows", 2, dim=-3):
+        u = pyro.sample("u", dist.Normal(g, 1.0))
+        with pyro.plate("columns", 2, dim=-2):
+            z = pyro.sample("z", dist.Normal(u, 1.0))
+            pyro.sample("x", dist.Normal(z + 0.3 * torch.sin(2 * z), 0.7), obs=torch.tensor([0.5, -1.0]).reshape(2, 1))
+    with pyro.plate("others", 3, dim=-2):
+        v = pyro.sample("v", dist.Normal(0.5 * g, 1.0))
+        pyro.sample("y", dist.Normal(v, 1.0), obs=torch.tensor([0.0, 1.0, 2.0]).reshape(3, 1))
+
+
+def nested_guide(p, given=1.0, law=dist.Normal):
+    """Parameters shared between levels, each level drawn given the one around it."""
+    g = pyro.sample("g", dist.Normal(p["a"], p["s"].exp()))
+    with pyro.plate("rows", 2, dim=-3):
+        u = pyro.sample("u", dist.Normal(p["b"] + given * 0.5 * g, p["t"].exp()))
+        with pyro.plate("columns", 2, dim=-2):
+            pyro.sample("z", dist.Normal(p["c"] + given * (0.5 * u + 0.2 * g) + 0.1 * p["a"], p["t"].exp()))
+    with pyro.plate("others", 3, dim=-2):
+        pyro.sample("v", dist.Normal(p["c"] + given * 0.3 * g, p["s"].exp()))
+
+
+@pytest.mark.parametrize("given", [1.0, 0.0], ids=["hierarchical guide", "flat guide"])
+@pytest.mark.parametrize("combine", [False, True])
+def test_doubly_reparameterized_through_the_tree_has_the_pathwise_mean(given, combine):
+    if combine and given:
+        pytest.skip("nothing can be combined")
+    model, guide, params = replicated(nested_model, lambda p: nested_guide(p, given), START)
+    counts = {"rows": 3, "columns": 2, "others": 4}
+    found = []
+    for gradient in (Pathwise(), DoublyReparameterized(), StickTheLanding()):
+        elbo = ImportanceWeightedELBO(2, plate_particles=counts, combine=combine, gradient=gradient)
+        found.append(per_replicate(elbo, model, guide, params))
+    pathwise, double, sticking = found
+    assert_same_mean(double, pathwise)
+    assert bool((double.std(0) < 0.5 * pathwise.std(0)).all())
+    error = (sticking.var(0) + pathwise.var(0)).div(REPLICATES).sqrt()
+    assert bool(((sticking.mean(0) - pathwise.mean(0)).abs() > 6 * error).any())  # its declared bias is there
+
+
+@pytest.mark.parametrize("objective", [Renyi(0.5), MIWAE(2), Renyi(-0.5)], ids=repr)
+def test_doubly_reparameterized_of_other_objectives_at_the_root(objective):
+    model, guide, params = replicated(nested_model, nested_guide, START)
+    counts = {"rows": 2, "columns": 2, "others": 3}
+    pathwise, double = (
+        per_replicate(
+            ImportanceWeightedELBO(4, plate_particles=counts, objective=objective, gradient=gradient),
+            model,
+            guide,
+            params,
+        )
+        for gradient in (Pathwise(), DoublyReparameterized())
+    )
+    assert_same_mean(double, pathwise)
+
+
+def test_doubly_reparameterized_with_a_tempered_density():
+    def scaled(fn):
+        return lambda p: poutine.scale(fn, scale=0.6)(p)
+
+    model, guide, params = replicated(scaled(nested_model), scaled(nested_guide), START)
+
+    def observed():
+        model()
+        with pyro.plate("replicates", REPLICATES, dim=-1):
+            pyro.sample("w", dist.Normal(torch.zeros(REPLICATES), 1.0), obs=torch.ones(REPLICATES))  # not tempered
+
+    counts = {"rows": 2, "columns": 2, "others": 3}
+    pathwise, double = (
+        per_replicate(ImportanceWeightedELBO(2, plate_particles=counts, gradient=gradient), observed, guide, params)
+        for gradient in (Pathwise(), DoublyReparameterized())
+    )
+    assert_same_mean(double, pathwise)
+
+
+def coins_model(p):
+    g = pyro.sample("g", dist.Bernoulli(0.4).expand([REPLICATES]))
+    with pyro.plate("data", 2, dim=-2):
+        c = pyro.sample("c", dist.Bernoulli(logits=1.5 * g - 0.5))
+        pyro.sample("x", dist.Normal(2 * c + g, 1.0), obs=torch.tensor([1.0, 2.5]).reshape(2, 1))
+
+
+def coins_guide(p):
+    g = pyro.sample("g", dist.Bernoulli(logits=p["a"]))
+    with pyro.plate("data", 2, dim=-2):
+        pyro.sample("c", dist.Bernoulli(logits=p["b"] + 0.7 * g))
+
+
+def exact_coins(a, b, outer, inner, combine):
+    """The bound's mean by enumeration of all that K outer and M inner particles of two rows can be."""
+    a, b = torch.tensor(a, requires_grad=True), torch.tensor(b, requires_grad=True)
+    data = torch.tensor([1.0, 2.5])
+    total = torch.zeros(())
+
+    def row_bound(i, g, cs):
+        terms = []
+        for c in cs:
+            log_p = dist.Bernoulli(logits=torch.tensor(1.5 * g - 0.5)).log_prob(torch.tensor(c))
+            log_p = log_p + dist.Normal(2 * c + g, 1.0).log_prob(data[i])
+            terms.append(log_p - dist.Bernoulli(logits=b + 0.7 * g).log_prob(torch.tensor(c)))
+        return torch.stack(terms).logsumexp(0) - math.log(inner)
+
+    coins = (0.0, 1.0)
+    for gs in itertools.product(coins, repeat=outer):
+        for cs in itertools.product(coins, repeat=2 * inner * outer):
+            log_q, weights = torch.zeros(()), []
+            for k, g in enumerate(gs):
+                weight = dist.Bernoulli(0.4).log_prob(torch.tensor(g)) - dist.Bernoulli(logits=a).log_prob(
+                    torch.tensor(g)
+                )
+                log_q = log_q + dist.Bernoulli(logits=a).log_prob(torch.tensor(g))
+                for i in range(2):
+                    mine = cs[(k * 2 + i) * inner : (k * 2 + i + 1) * inner]
+                    weight = weight + row_bound(i, g, mine)
+                    log_q = log_q + sum(dist.Bernoulli(logits=b + 0.7 * g).log_prob(torch.tensor(c)) for c in mine)
+                weights.append(weight)
+            total = total + log_q.exp() * (torch.stack(weights).logsumexp(0) - math.log(outer))
+    return total, torch.stack(torch.autograd.grad(total, [a, b]))
+
+
+@pytest.mark.parametrize(("outer", "inner"), [(1, 2), (2, 1), (2, 2)])
+def test_score_function_gradients_equal_enumeration(outer, inner):
+    """A coefficient from the rows alone would be biased for more than one outer particle."""
+    expected_value, expected = exact_coins(0.2, -0.4, outer, inner, combine=False)
+    for score in (OVIS(), VIMCO()):
+        model, guide, params = replicated(coins_model, coins_guide, {"a": 0.2, "b": -0.4})
+        elbo = ImportanceWeightedELBO(outer, plate_particles={"data": inner}, score=score)
+        assert_mean(per_replicate(elbo, model, guide, params), expected)
+        assert_mean(elbo.bound(model, guide).detach(), expected_value)
+
+
+def test_what_is_not_derived_raises():
+    model, guide = normals(families=(dist.Normal, NonreparameterizedNormal))
+    for objective in (Renyi(0.5), MIWAE(2), CIWAE(0.5)):
+        elbo = ImportanceWeightedELBO(4, plate_particles={"data": 3}, objective=objective)
+        with pytest.raises(NotImplementedError, match=r"plate_particles.*objective=None"):
+            elbo.loss_and_grads(model, guide)
+        elbo.loss(model, guide)
+    model, guide = normals()
+    for options, problem in (
+        ({"gradient": SampledBackward(2)}, "SampledBackward"),
+        ({"gradient": DoublyReparameterized(), "objective": PIWAE(2)}, "another part for the guide"),
+        ({"gradient": DoublyReparameterized(), "objective": Renyi(0.5), "combine": True}, "combine=True"),
+    ):
+        model, guide = normals(local_given=False)
+        with pytest.raises(NotImplementedError, match=problem):
+            ImportanceWeightedELBO(4, plate_particles={"data": 3}, **options).loss_and_grads(model, guide)
+
+
+# Minibatches
+
+
+def test_the_mean_over_minibatches_is_the_bound_of_all_rows():
+    elbo = ImportanceWeightedELBO(1, plate_particles={"data": 5})
+    whole, part = (values(elbo, *normals(rows), 3000) for rows in (None, 2))
+    assert_same_mean(part, whole)
+    whole, part = (gradients_of(elbo, *normals(rows), 1500) for rows in (None, 2))
+    assert_same_mean(part, whole)
+
+
+def gradients_of(elbo, model, guide, draws):
+    found = []
+    for _ in range(draws):
+        grads = gradients(elbo.differentiable_loss(model, guide))
+        found.append(torch.stack(list(grads.values())))
+    return torch.stack(found)
+
+
+def nested_rows(outer=None, inner=None):
+    """Plates in plates, each shown in part; data by row and column."""
+    data = torch.arange(12.0).reshape(3, 4) / 4 - 1
+
+    def model():
+        g = pyro.sample("g", dist.Normal(0.0, 1.0))
+        with pyro.plate("rows", 3, outer, dim=-2) as i:
+            u = pyro.sample("u", dist.Normal(g, 1.0))
+            with pyro.plate("columns", 4, inner, dim=-1) as j:
+                z = pyro.sample("z", dist.Normal(u, 1.0))
+                pyro.sample("x", dist.Normal(z, 1.0), obs=data[i][:, j])
+
+    def guide():
+        g = pyro.sample("g", dist.Normal(0.2, 0.5))
+        with pyro.plate("rows", 3, outer, dim=-2) as i:
+            u = pyro.sample("u", dist.Normal(g, 0.8))
+            with pyro.plate("columns", 4, inner, dim=-1) as j:
+                pyro.sample("z", dist.Normal((u + data[i][:, j]) / 2, 0.9))
+
+    return model, guide
+
+
+@pytest.mark.parametrize("shown", [(2, None), (None, 2), (2, 2)])
+def test_nested_minibatches(shown):
+    outer, inner = shown
+    counts = {"rows": 1 if inner else 4, "columns": 5}
+    elbo = ImportanceWeightedELBO(1, plate_particles=counts)
+    assert_same_mean(values(elbo, *nested_rows(outer, inner), 2500), values(elbo, *nested_rows(), 2500))
+
+
+def test_particles_around_a_minibatch_raise():
+    for options, problem in (
+        ({"num_particles": 2, "plate_particles": {"data": 3}}, r"'data'.*num_particles=1, plate_particles={'data': 3}"),
+        ({"num_particles": 2, "plate_particles": "auto"}, r"'data'.*num_particles=1, plate_particles={'data': 2}"),
+        ({"num_particles": 2}, r"'data'.*num_particles=1, plate_particles={'data': K}"),
+    ):
+        with pytest.raises(ValueError, match=problem):
+            ImportanceWeightedELBO(**options).loss(*normals(2))
+    with pytest.raises(ValueError, match=r"'columns'.*plate_particles={'columns': 5, 'rows': 1}"):
+        ImportanceWeightedELBO(1, plate_particles={"rows": 4, "columns": 5}).loss(*nested_rows(None, 2))
+
+
+# Which plates
+
+
+def crossed(observed=True, both=True):
+    def plates():
+        return pyro.plate("users", 2, dim=-2), pyro.plate("items", 4, dim=-1)
+
+    def model():
+        users, items = plates()
+        with users:
+            u = pyro.sample("u", dist.Normal(torch.tensor(0.0), 1.0))
+        with items:
+            v = pyro.sample("v", dist.Normal(torch.tensor(0.0), 1.0))
+        with users, items:
+            w = pyro.sample("w", dist.Normal(u + v, 1.0)) if both else u * v
+            if observed:
+                pyro.sample("x", dist.Normal(w, 1.0), obs=torch.ones(2, 4))
+
+    def guide():
+        users, items = plates()
+        with users:
+            pyro.sample("u", dist.Normal(torch.tensor(0.1), 1.0))
+        with items:
+            pyro.sample("v", dist.Normal(torch.tensor(0.1), 1.0))
+        if both:
+            with users, items:
+                pyro.sample("w", dist.Normal(torch.tensor(0.2), 1.0))
+
+    return model, guide
+
+
+@pytest.mark.parametrize("vectorize", [None, False])
+def test_crossed_plates(vectorize):
+    """The smaller of the two plates moves out; inside the other and both, particles of their own remain."""
+    model, guide = crossed()
+    elbo = ImportanceWeightedELBO(3, plate_particles={"users": 5, "items": 6}, vectorize_particles=vectorize)
+    with pytest.warns(
+        UserWarning, match=r"latents \['u'\] of plate 'users' are weighed jointly.*site 'w'.*'v'.*'items'"
+    ):
+        weights = elbo.log_weights(model, guide)
+    (items,) = weights.children
+    (both,) = items.children
+    assert items.plates == ("items",) and items.log_weights.shape == (6, 3, 4)
+    assert both.plates == ("users", "items") and both.log_weights.shape == (5, 6, 3, 2, 4)
+
+
+def test_crossed_plates_without_latents_in_both():
+    model, guide = crossed(both=False)
+    elbo = ImportanceWeightedELBO(3, plate_particles="auto")
+    with pytest.warns(UserWarning, match=r"latents \['u'\].*site 'x'"):
+        weights = elbo.log_weights(model, guide)
+    assert [child.plates for child in weights.children] == [("items",)]
+    expected = ImportanceWeightedELBO(3, plate_particles={"items": 3}).log_weights(model, guide)
+    assert [child.log_weights.shape for child in weights.children] == [c.log_weights.shape for c in expected.children]
+
+
+def test_plates_that_nothing_crosses():
+    """Latents in both and in each, all unobserved and independent: nothing has to move."""
+    weights = ImportanceWeightedELBO(2, plate_particles="auto").log_weights(*crossed(observed=False, both=False))
+    assert [child.plates for child in weights.children] == [("items",), ("users",)]
+
+
+def by_index():
+    county = torch.tensor([0, 0, 1, 2, 2, 2])
+
+    def model():
+        mu = pyro.sample("mu", dist.Normal(torch.tensor(0.0), 1.0))
+        with pyro.plate("county", 3):
+            a = pyro.sample("a", dist.Normal(mu, 1.0))
+        with pyro.plate("data", 6):
+            pyro.sample("y", dist.Normal(a[..., county], 1.0), obs=DATA)
+
+    def grouped():
+        mu = pyro.sample("mu", dist.Normal(torch.tensor(0.0), 1.0))
+        with pyro.plate("county", 3):
+            a = pyro.sample("a", dist.Normal(mu, 1.0))
+            each = dist.Normal(a[..., county], 1.0).log_prob(DATA)
+            pyro.factor("y", torch.zeros_like(each[..., :3]).index_add(-1, county, each))
+
+    def guide():
+        pyro.sample("mu", dist.Normal(torch.tensor(0.0), 1.0))
+        with pyro.plate("county", 3):
+            pyro.sample("a", dist.Normal(torch.tensor(0.1), 1.0))
+
+    return model, grouped, guide
+
+
+def test_rows_that_belong_to_elements_by_an_index():
+    """They are weighed jointly, and the message says how to write them; written so, both give the same weights."""
+    model, grouped, guide = by_index()
+    with pytest.warns(UserWarning, match=r"latents \['a'\].*site 'y'.*index_add"):
+        weights = ImportanceWeightedELBO(3, plate_particles={"county": 4}).log_weights(model, guide)
+    assert weights.children == ()
+    elbo = ImportanceWeightedELBO(3, plate_particles={"county": 4})
+    assert [child.plates for child in elbo.log_weights(grouped, guide).children] == [("county",)]
+    found = []
+    for fn in (model, grouped):
+        elbo = ImportanceWeightedELBO(3)
+        elbo.loss(fn, guide)
+        pyro.set_rng_seed(2)
+        found.append(elbo.log_weights(fn, guide).log_weights)
+    torch.testing.assert_close(*found)
+
+
+@pytest.mark.parametrize(
+    ("options", "kind", "problem"),
+    [
+        ({"plate_particles": {"rows": 3}}, ValueError, r"plates of the model, \['data'\], got 'rows'"),
+        ({"plate_particles": {"data": 0}}, ValueError, r"plate_particles\['data'\] >= 1, got 0"),
+        ({"plate_particles": {"data": 2.5}}, TypeError, r"plate_particles\['data'\] to be a whole number"),
+        ({"plate_particles": 3}, TypeError, "dict from names of plates"),
+        ({"plate_particles": "all"}, TypeError, "or 'auto', got 'all'"),
+        ({"plate_particles": {1: 3}}, TypeError, "dict from names of plates"),
+        ({"combine": True}, ValueError, "no plate has any"),
+        ({"combine": 1, "plate_particles": {"data": 3}}, TypeError, "combine to be True or False"),
+        (
+            {"combine": True, "plate_particles": {"data": 3}},
+            ValueError,
+            r"site 'z' given latents outside.*combine=False",
+        ),
+    ],
+)
+def test_options_that_cannot_be(options, kind, problem):
+    with pytest.raises(kind, match=problem):
+        ImportanceWeightedELBO(2, **options).loss(*normals())
+
+
+def test_a_guide_that_draws_outside_the_plate_raises():
+    model, _ = normals()
+    guide = AutoMultivariateNormal(model)
+    with pytest.raises(ValueError, match=r"draw latents in plate 'data', got none, only sites \['z'\].*AutoNormal"):
+        ImportanceWeightedELBO(2, plate_particles={"data": 3}).loss(model, guide)
+    ImportanceWeightedELBO(2, plate_particles={"data": 3}).loss(model, AutoNormal(model))
+
+
+# The posterior
+
+
+@given(tree_programs(), st.sampled_from([None, False]), st.sampled_from([1, 2]))
+@settings(max_examples=settings().max_examples // 4)
+def test_trace_elbo_of_the_posterior_is_the_bound(program, vectorize, num_particles):
+    """On the same draws: value and gradient."""
+    note(program)
+    pyro.clear_param_store()
+    pyro.set_rng_seed(program.seed)
+    options = {"plate_particles": program.plate_particles, "vectorize_particles": vectorize}
+    elbo = ImportanceWeightedELBO(num_particles, **options)
+    posterior = ImportanceResampledGuide(program.model, program.guide, num_particles, **options)
+    elbo.loss(program.model, program.guide)
+    posterior()
+    found = []
+    for loss in (
+        lambda: elbo.differentiable_loss(program.model, program.guide),
+        lambda: Trace_ELBO().differentiable_loss(program.model, posterior),
+    ):
+        pyro.set_rng_seed(program.seed + 1)
+        found.append(torch.as_tensor(loss()))
+    assert found[1].item() == pytest.approx(found[0].item(), rel=1e-8, abs=1e-8)
+
+
+def test_draws_are_those_of_the_posterior():
+    """Many particles: global and local moments are exact, and every row has a particle of its own."""
+    model, guide = normals()
+    posterior = ImportanceResampledGuide(model, guide, 60, plate_particles={"data": 60})
+    draws = posterior.sample(4000)
+    variance = 1 / (1 + N / 2)
+    mean = variance * DATA.sum() / 2
+    assert_mean(draws["mu"], mean)
+    assert_mean((draws["mu"] - mean) ** 2, variance)
+    assert_mean(draws["z"], (DATA + mean) / 2)
+    assert_mean((draws["z"] - (DATA + mean) / 2) ** 2, 0.5 + variance / 4)
+    moments = torch.stack([posterior.expectation(lambda z: z["z"], num_batches=4) for _ in range(200)])
+    assert_mean(moments, (DATA + mean) / 2)
+
+
+def small_coins():
+    def model():
+        g = pyro.sample("g", dist.Bernoulli(0.4))
+        with pyro.plate("data", 2):
+            c = pyro.sample("c", dist.Bernoulli(logits=1.5 * g - 0.5))
+            pyro.sample("x", dist.Normal(2 * c + g, 1.0), obs=torch.tensor([1.0, 2.5]))
+
+    def guide():
+        g = pyro.sample("g", dist.Bernoulli(0.6))
+        with pyro.plate("data", 2):
+            pyro.sample("c", dist.Bernoulli(logits=-0.4 + 0.7 * g))
+
+    return model, guide
+
+
+@pytest.mark.parametrize("vectorize", [None, False])
+def test_log_density_is_that_of_the_draws(vectorize):
+    """Over all values it sums to 1, and draws are as frequent as it says."""
+    posterior = ImportanceResampledGuide(*small_coins(), 2, plate_particles={"data": 3}, vectorize_particles=vectorize)
+    every = torch.tensor(list(itertools.product((0.0, 1.0), repeat=3)))
+    values = {"g": every[:, 0], "c": every[:, 1:]}
+    batches = 40 if vectorize is None else 12
+    density = torch.stack([posterior.log_density(values, num_batches=batches).exp() for _ in range(120)])
+    assert_mean(density.sum(1), 1.0)
+    draws = posterior.sample(4000 if vectorize is None else 400)
+    number = 4 * draws["g"] + 2 * draws["c"][:, 0] + draws["c"][:, 1]
+    assert_same_mean(torch.nn.functional.one_hot(number.long(), 8), density)
+
+
+def test_the_interval_holds_the_elbo_of_the_posterior():
+    """By enumeration: ELBO[q_EW] from the density at all eight values, averaged over very many batches."""
+    model, guide = small_coins()
+    posterior = ImportanceResampledGuide(model, guide, 2, plate_particles={"data": 2})
+    every = torch.tensor(list(itertools.product((0.0, 1.0), repeat=3)))
+    values = {"g": every[:, 0], "c": every[:, 1:]}
+    log_q = posterior.log_density(values, num_batches=3000)
+    log_p = []
+    for row in every:
+        conditioned = poutine.condition(model, {"g": row[0], "c": row[1:]})
+        log_p.append(poutine.trace(conditioned).get_trace().log_prob_sum())
+    exact = (log_q.exp() * (torch.stack(log_p) - log_q)).sum().item()
+    interval = posterior.elbo_interval(num_batches=30, num_replicates=150)
+    assert interval.lower - 5 * interval.lower_error < exact < interval.upper + 5 * interval.upper_error
+    assert interval.upper - interval.lower < 0.05
+    bound = values_of(ImportanceWeightedELBO(2, plate_particles={"data": 2}), model, guide)
+    assert exact > bound.mean() + 5 * bound.std() / len(bound) ** 0.5  # strictly above, as it must be
+
+
+def values_of(elbo, model, guide):
+    return values(elbo, model, guide, 3000)
+
+
+def test_a_replayed_posterior_keeps_its_books():
+    """log q~ at values that a handler sets has companions of its own, and the mean of its inverse weight is right."""
+    model, guide = small_coins()
+    posterior = ImportanceResampledGuide(model, guide, 2, plate_particles={"data": 3})
+    fixed = {"g": torch.tensor(1.0), "c": torch.tensor([0.0, 1.0])}
+    log_q = posterior.log_density({n: v.unsqueeze(0) for n, v in fixed.items()}, num_batches=4000).exp().item()
+    found = []
+    for _ in range(3000):
+        trace = poutine.trace(poutine.condition(posterior, fixed)).get_trace()
+        found.append(trace.nodes["_importance_density_g"]["fn"].log_factor.exp())
+    assert_mean(torch.stack(found), torch.tensor(log_q))

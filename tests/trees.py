@@ -280,7 +280,8 @@ class Reference:
 
     @property
     def depth(self):
-        return -min((p.dim for p in self.program.root.below() if p.dim is not None), default=0)
+        used = [p for path in self.program.paths() if path[-1].latents or path[-1].seen for p in path[1:]]
+        return -min((p.dim for p in used if p.dim is not None), default=0)
 
     def _of_runs(self, name, path, place):
         """One after the other: the first run in which each node around is at its place, told by the draws."""
@@ -338,8 +339,9 @@ class Reference:
                     _, guide = self.traces({**dict.fromkeys(self.counts, 0), **place})
                     log_q = sum(self._term(guide, item.name, path, element) for item, path in drawn)
                     without, _ = self.bound(Changed(node.plate.name, element, place, score == "mean"))
-                    if self.counts[node.plate.name] == 1 and without == -math.inf:  # all of it, and no -v_k part
-                        surrogate = surrogate + (total.detach() + 1.0) * log_q
+                    if self.counts[node.plate.name] == 1:  # the root's one: its element's bound, and no -v_k part
+                        own = self._log_mean(node, element, {}).detach()
+                        surrogate = surrogate + (own + 1.0) * log_q
                     else:
                         surrogate = surrogate + (total - without).detach() * log_q
         return surrogate
