@@ -248,6 +248,11 @@ class ImportanceWeightedELBO(ELBO):
             gradient = gradient.inner
         separates = self.objective is not None and self.objective.separates
         recording = Recording(cut=gradient.cuts or separates, leaves_out=gradient.cuts)
+        if isinstance(gradient, SampledBackward) and self._wanted is not None:
+            raise NotImplementedError(
+                "SampledBackward draws among particles of the root, and has no gradient where plates have particles of "
+                f"their own; write gradient={gradient.inner!r} with plate_particles={self.plate_particles!r}"
+            )
         if not isinstance(gradient, SampledBackward):
             particles = self._draw(call, recording)
             weights, totals = particles.weights, self._totals(particles.weights)

@@ -49,7 +49,8 @@ class LogWeights:
             estimator asked for it.
         children: nodes of the plates that have particles of their own, inside each particle of this one. Their
             ``plates`` hold those of this node.
-        shared: whether the particles were drawn once for all particles further out, and not anew inside each.
+        shared: whether the particles were drawn once for all particles further out, and not anew inside each;
+            ``score`` then has shape ``(particles, 1, ..., 1, *plates)``.
 
     Example::
 
@@ -65,7 +66,7 @@ class LogWeights:
     scale: float | Tensor = 1.0
     constant: Mapping[tuple[str, ...], Tensor] = field(default_factory=dict)
     tempered: bool = False
-    score: Float[Tensor, "particles *plates"] | None = None
+    score: Float[Tensor, "particles ..."] | None = None
     score_log_q: Float[Tensor, "particles *plates"] | None = None
     score_scale: float | Tensor = 1.0
     cut: Cut | None = None

@@ -32,7 +32,8 @@ class Reach:
         slope: derivative of the objective by each of its log weights, which holds the scales of subsampled plates.
         share: of each particle. In a shared node, whose particles serve all particles further out, summed over these:
             ``(particles, 1, ..., 1, *plates)``.
-        log_apart: logarithm of the share by particle further out, also in a shared node.
+        apart: the share by particle further out, also in a shared node.
+        log_apart: its logarithm, for the importance weighted bound.
         log_rest: log(1 - share), right to rounding also where the share is almost 1.
         log_others: logarithm of the share that the particle's companions have.
         value: the objective at the root, ``(*plates)``.
@@ -43,6 +44,7 @@ class Reach:
     node: LogWeights
     slope: Float[Tensor, "particles *plates"]
     share: Float[Tensor, "particles *plates"]
+    apart: Float[Tensor, "particles *plates"]
     log_apart: Float[Tensor, "particles *plates"]
     log_rest: Float[Tensor, "particles *plates"]
     log_others: Float[Tensor, "particles *plates"]
@@ -57,14 +59,14 @@ class Reach:
         Args:
             root: its log weights.
             slope: derivative of the objective by each, where that is not their log-mean-exp.
-            share: what stands for the share there.
+            share: what stands for the share there; it may be negative.
         """
         totals = root.totals()
         log_share, log_others = totals.log_shares(root.log_weights)
         slope = log_share.exp() if slope is None else slope
         share = log_share.exp() if share is None else share
         count = root.num_particles
-        return cls(root, slope, share, share.log(), log_others, log_others, totals.value, 1.0, count)
+        return cls(root, slope, share, share, log_share, log_others, log_others, totals.value, 1.0, count)
 
     def below(self) -> Iterator[Reach]:
         """The nodes inside this one, each followed by those inside it."""
@@ -80,17 +82,19 @@ class Reach:
         totals = child.totals()
         own, others = totals.log_shares(child.log_weights)
         log_apart, log_others = laid(self.log_apart) + own, laid(self.log_apart) + others
-        outer = list(range(1, log_apart.dim() - len(child.plates)))
+        apart = laid(self.apart) * own.exp()
+        outer = list(range(1, apart.dim() - len(child.plates)))
         if child.shared:
-            log_share, log_others = (log.logsumexp(outer, keepdim=True) for log in (log_apart, log_others))
+            share, log_others = apart.sum(outer, keepdim=True), log_others.logsumexp(outer, keepdim=True)
             log_rest, count = log_others, child.num_particles
         else:
-            log_share, log_rest = log_apart, torch.logaddexp(laid(self.log_rest), log_others)
+            share, log_rest = apart, torch.logaddexp(laid(self.log_rest), log_others)
             count = child.num_particles * self.count
         return Reach(
             node=child,
             slope=laid(self.slope) * child.scale * own.exp(),
-            share=log_share.exp(),
+            share=share,
+            apart=apart,
             log_apart=log_apart,
             log_rest=log_rest,
             log_others=log_others,

@@ -27,6 +27,11 @@ class Totals(ABC):
     linear: bool = False  # in the log weights
 
     @property
+    def is_bound(self) -> bool:
+        """Whether f is the importance weighted bound itself."""
+        return False
+
+    @property
     @abstractmethod
     def value(self) -> Float[Tensor, "*plates"]:
         """f itself."""
@@ -107,6 +112,10 @@ class LogMean(Totals):
         smaller = torch.minimum(self.largest, other.largest)
         rest = torch.logaddexp(torch.logaddexp(self.rest, other.rest), smaller)
         return LogMean(largest, rest, self.count + other.count, self.power)
+
+    @property
+    def is_bound(self) -> bool:
+        return self.power == 1.0
 
     @property
     def log_sum(self) -> Float[Tensor, "*plates"]:

@@ -57,12 +57,9 @@ def _inside(stand: Stand) -> list[Stand]:
 def _widened(node: LogWeights, count: int) -> LogWeights:
     """The node with as many walks, a plate in front of its own."""
     first = node.log_weights.dim() - len(node.plates)
-    return replace(
-        node,
-        plates=("", *node.plates),
-        log_weights=_repeated(node.log_weights, first, count),
-        children=tuple(_widened(child, count) for child in node.children),
-    )
+    children = tuple(_widened(child, count) for child in node.children)
+    log_weights = _repeated(node.log_weights, first, count)
+    return LogWeights(log_weights, plates=("", *node.plates), scale=node.scale, children=children)
 
 
 def _repeated(value: Tensor, dim: int, count: int) -> Tensor:

@@ -72,6 +72,11 @@ class DoublyReparameterized(PathGradient):
         path = guide.double_slope(weights.log_weights, weights.cut.scale)
         if guide is not totals or not totals.rising:
             return Coefficients(model=model, path=path, log_q=None, score=slope, converted=True)
+        if any(child.shared for child in weights.children) and not totals.is_bound:
+            raise NotImplementedError(
+                "combine=True has no doubly reparameterised gradient for objectives other than the importance weighted "
+                "bound; write combine=False, objective=None, or gradient=Pathwise()"
+            )
         ratio = torch.where(slope > 0.0, path / slope, 0.0)
         share = torch.where(slope > 0.0, guide.double_slope(weights.log_weights) / slope, 0.0)
         return Coefficients(model, path, None, slope, ratio=ratio, converted=True, share=share)

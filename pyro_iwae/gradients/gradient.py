@@ -17,7 +17,7 @@ from torch import Tensor
 from pyro_iwae.gradients.coefficients import Coefficients
 from pyro_iwae.logweights import LogWeights
 from pyro_iwae.reach import Reach
-from pyro_iwae.totals import LogMean, Totals
+from pyro_iwae.totals import Totals
 
 __all__ = ["Gradient", "PathGradient", "ScoreGradient"]
 
@@ -118,7 +118,7 @@ class ScoreGradient(Gradient):
 
 
 def _require_bound(totals: Totals) -> None:
-    if not isinstance(totals, LogMean) or totals.power != 1.0:
+    if not totals.is_bound:
         raise NotImplementedError(
             "plate_particles has no score-function gradient in plates for another objective than the importance "
             "weighted bound: write objective=None, or reparameterise the plates' sites"
