@@ -78,11 +78,11 @@ class Run:
         return -self.depth - 1 - node
 
     def at_place(self, value: Tensor, place: Mapping[int, int], events: int) -> Tensor:
-        """What belongs to one particle of each node, in a value of a run of all, with the dimensions of particles."""
-        for node, index in place.items():
+        """What belongs to one particle of each node, in a value of a run of all, without the dimensions of particles."""
+        for node in sorted(place, reverse=True):  # the leftmost first
             dim = self.depth_of(node) - events
             if value.dim() >= -dim:
-                value = value.narrow(dim, index if value.shape[dim] > 1 else 0, 1)
+                value = value.select(dim, place[node] if value.shape[dim] > 1 else 0)
         return value
 
     def particle_dims(self, num_particles: int, node: int = 0) -> tuple[int, ...]:
@@ -132,7 +132,8 @@ def run_particles(
         minibatch: the indices to share.
         values: values for latents of the guide, each of shape ``(particles, *site shape)`` as a run wants them; where
             plates have particles of their own, ``(*particles, *site shape)`` of the latent's node.
-        sites: the sites of these values, where plates have particles of their own.
+        sites: the sites of these values, where plates have particles of their own; without them values are taken as a
+            run wants them.
         recording: what to record for back-propagation; None is all, and no cut.
     """
     outside = EnclosingPlates(call.enclosing)  # within poutine.replay, as plates must be to broadcast
@@ -155,7 +156,8 @@ def run_particles(
     with unchanged_enumeration(), minibatch:
         values, sites = values or {}, sites or {}
         if wide and run.tree.grows:
-            return [once(values={n: _spread_in_tree(v, sites[n], run) for n, v in values.items()})]
+            spread = {n: _spread_in_tree(v, sites[n], run) if n in sites else v for n, v in values.items()}
+            return [once(values=spread)]
         if wide:
             return [once(values=values)]
         if run.tree.grows:
