@@ -43,8 +43,7 @@ class CutSite:
         if self.leaf._version:
             raise ValueError(
                 f"expected the value of guide site '{name}' to stay as it was drawn, got one that was changed in place "
-                "(z.mul_(2), z[0] = 0, z += 1); write a new tensor (z * 2, torch.where, z + 1), or "
-                f"{UNCUT}"
+                f"(z.mul_(2), z[0] = 0, z += 1); write a new tensor (z * 2, torch.where, z + 1), or {UNCUT}"
             )
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from pyro_iwae.plates import Site
 
-__all__ = ["Drawn", "DrawnDensity", "settable"]
+__all__ = ["Drawn", "DrawnDensity", "Emitted", "settable"]
 
 
 class Drawn(Delta):
@@ -22,6 +22,23 @@ class Drawn(Delta):
     def log_prob(self, x: Tensor) -> Tensor:
         zero = torch.zeros((), dtype=x.dtype if x.is_floating_point() else None, device=x.device)
         return zero.expand(x.shape[: x.dim() - self.event_dim])
+
+
+class Emitted(Drawn):
+    """A draw that is put into a trace; ``taken`` stays empty where a handler sets a value, and be it the same."""
+
+    def __init__(self, v: Tensor, *, event_dim: int) -> None:
+        super().__init__(v, event_dim=event_dim)
+        self.taken: list[bool] = []
+
+    def expand(self, batch_shape: Any, _instance: Any = None) -> Emitted:
+        new: Emitted = super().expand(batch_shape, self._get_checked_instance(Emitted, _instance))
+        new.taken = self.taken
+        return new
+
+    def rsample(self, sample_shape: Any = torch.Size()) -> Tensor:  # noqa: B008 as in torch
+        self.taken.append(True)
+        return super().rsample(sample_shape)
 
 
 class DrawnDensity(Unit):

@@ -17,7 +17,7 @@ from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
-from pyro_iwae.drawn import Drawn, DrawnDensity
+from pyro_iwae.drawn import DrawnDensity, Emitted
 from pyro_iwae.handlers import ENCLOSING
 from pyro_iwae.plates import Site, own_scale, sample_sites
 from pyro_iwae.selection import Selection
@@ -51,9 +51,10 @@ class Emission:
         self.minibatch = particles.minibatch
         self.plate_objects: dict[str, Any] = {}
         self.used: set[str] = set()
+        self.replaced = False  # whether a handler outside has set a value
 
     def values(self) -> dict[str, Tensor]:
-        """Emits the latents; returns what the handlers outside make of them."""
+        """Emits the latents; returns what the handlers outside (replay, condition) make of them."""
         emitted = {}
         for name, value in self.selection.values.items():
             site = self.selection.sites[name]
@@ -65,7 +66,10 @@ class Emission:
                     stack.enter_context(poutine.scale(scale=scale))
                 if mask is not None:
                     stack.enter_context(poutine.mask(mask=mask))
-                emitted[name] = pyro.sample(name, Drawn(value, event_dim=site["fn"].event_dim))
+                fn = Emitted(value, event_dim=site["fn"].event_dim)
+                emitted[name] = pyro.sample(name, fn)
+            # By chance a handler may set the draw's own value, which is not the same: its companions are others.
+            self.replaced |= not fn.taken or not _holds(emitted[name], value)
         return emitted
 
     def _alike(self, value: Any) -> Any:
@@ -126,6 +130,13 @@ class Emission:
         if not frame.vectorized:
             plate._vectorized, plate.counter = False, frame.counter
         return plate
+
+
+def _holds(emitted: Tensor, drawn: Tensor) -> bool:
+    """Whether a value in the trace is the draw, as wide as its plates have made it."""
+    sizes = zip(reversed(drawn.shape), reversed(emitted.shape), strict=False)
+    fits = drawn.dim() <= emitted.dim() and all(n in (1, m) for n, m in sizes)
+    return fits and bool((emitted == drawn).all())
 
 
 def _at_element(frames: Sequence[CondIndepStackFrame], element: Sequence[int]) -> list[CondIndepStackFrame]:

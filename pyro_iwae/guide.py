@@ -143,7 +143,7 @@ class ImportanceResampledGuide(Owning):
         emit = Emission(particles, selection, call.enclosing)
         with particles.minibatch:
             emitted = emit.values()
-        if any(not _same(emitted[n], v) for n, v in selection.values.items()):  # replayed, conditioned, ...
+        if emit.replaced:
             with self._inside():
                 selection = self._density_at(call, emitted, particles)
         with particles.minibatch:
@@ -379,10 +379,6 @@ def _refuse_tempered(weights: LogWeights, method: str) -> None:
             f"{method} got weights tempered by a poutine.scale around some sites of model or guide; they are no "
             "densities. Take the scale away, or put it around model and guide alike"
         )
-
-
-def _same(a: Tensor, b: Tensor) -> bool:
-    return a is b or (a.shape == b.shape and bool((a == b).all()))
 
 
 def _strip(value: Tensor, name: str, structure: Structure) -> Tensor:

@@ -279,12 +279,12 @@ class _Inspection:
         narrow = Run(run.depth, False, run.enumerated)
         events = {n: s["fn"].event_dim for n, s in latent_sites(pair.guide)}
 
-        def here(value: Tensor, events: int = 0) -> Tensor:
-            return run.at_place(value, place, events)
+        def here(densities: Tensor) -> Tensor:  # in front is the number of the trace: there is one
+            return run.at_place(densities[0], place, 0).unsqueeze(0)
 
         def single(name: str, value: Tensor) -> Tensor:
             own = self.trial.batch_dims[name] + events[name]
-            value = here(value, events[name])
+            value = run.at_place(value, place, events[name])
             return value.reshape(1, *value.shape[value.dim() - own :])
 
         values = {n: single(n, v) for n, v in latents.items()}

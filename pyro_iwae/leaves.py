@@ -119,9 +119,8 @@ def _mask(site: Site) -> Tensor | None:
     fn = site["fn"]
     masks: list[tuple[Any, int]] = [(site["mask"], len(fn.event_shape))]
     while hasattr(fn, "base_dist"):  # torch's own distributions among them, which know no event_dim
-        masks.append(
-            (getattr(fn, "_mask", None), len(fn.event_shape))
-        )  # inside an Independent some events are no events yet
+        # Inside an Independent some events are no events yet.
+        masks.append((getattr(fn, "_mask", None), len(fn.event_shape)))
         fn = fn.base_dist
     found = None
     for mask, events in masks:

@@ -697,6 +697,14 @@ def test_density_at_given_values(handler, num_particles):
     assert_mean(density, Gamma(shape=1.0).resampled_log_density(z, num_particles).exp())
 
 
+def test_density_at_a_given_value_that_is_often_drawn():
+    """A handler may set the very value that was selected, and its companions are not those of a selected draw."""
+    coin = Bernoulli(logit=-1.5)
+    handled = poutine.condition(ImportanceResampledGuide(coin.model, coin.guide, 2), {"z": torch.tensor(1.0)})
+    sites = [poutine.trace(handled).get_trace().nodes["_importance_density_z"] for _ in range(500)]
+    assert_mean(torch.stack([s["fn"].log_prob(s["value"]).exp() for s in sites]), coin.resampled(2))
+
+
 def test_condition_makes_a_site_observed():
     posterior = ImportanceResampledGuide(global_model, global_guide, 5)
     trace = poutine.trace(poutine.condition(posterior, data={"w": torch.tensor(0.7)})).get_trace()
