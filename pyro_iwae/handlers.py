@@ -48,7 +48,7 @@ class EnclosingPlates(Messenger):
         self.frames = tuple(frames)
 
     def _process_message(self, msg: Site) -> None:
-        if msg["type"] == ENCLOSING or (msg["type"] == "sample" and not site_is_subsample(msg)):
+        if self.frames and (msg["type"] == ENCLOSING or (msg["type"] == "sample" and not site_is_subsample(msg))):
             msg["cond_indep_stack"] = self.frames + msg["cond_indep_stack"]
             for frame in self.frames:
                 msg["scale"] = msg["scale"] * plate_scale(frame)
@@ -59,16 +59,32 @@ class ParticlePlate(IndepMessenger):
     """A plate that never subsamples and so, unlike ``pyro.plate``, sends no message about its indices.
 
     Nor does it leave its mark on the indices of other plates, which all particles share.
+
+    Args:
+        name: its name.
+        size: particles.
+        dim: their dimension.
+        holds: the sites that have these particles.
+        spreads: whether sites get a density for each particle also where nothing tells these apart.
     """
 
-    def __init__(self, name: str, size: int, *, dim: int, holds: Callable[[Site], bool] = lambda site: True) -> None:
+    def __init__(
+        self,
+        name: str,
+        size: int,
+        *,
+        dim: int,
+        holds: Callable[[Site], bool] = lambda site: True,
+        spreads: bool = True,
+    ) -> None:
         super().__init__(name, size, dim=dim)
-        self.holds = holds  # the sites that have these particles
+        self.holds, self.spreads = holds, spreads
 
     def _process_message(self, msg: Site) -> None:
         if not site_is_subsample(msg) and (msg["type"] != "sample" or self.holds(msg)):
             super()._process_message(msg)
-            BroadcastMessenger._pyro_sample(msg)
+            if self.spreads:
+                BroadcastMessenger._pyro_sample(msg)
 
 
 ENCLOSING = "pyro_iwae_enclosing"  # a message that nobody handles: only plates leave their mark on it
@@ -96,17 +112,20 @@ def enclosing_frames() -> tuple[CondIndepStackFrame, ...]:
     return tuple(f for f in msg["cond_indep_stack"] if f.vectorized)
 
 
-def particle_plates(plates: Sequence[tuple[int, int, Callable[[Site], bool]]], outside: EnclosingPlates) -> Around:
+def particle_plates(
+    plates: Sequence[tuple[int, int, Callable[[Site], bool]]], outside: EnclosingPlates, *, spreads: bool = True
+) -> Around:
     """What puts a program into the plates around it: the enclosing ones, and the particles' where they run together.
 
     Args:
         plates: size, dimension, and the sites that have these particles.
         outside: the enclosing ones.
+        spreads: as for :class:`ParticlePlate`.
     """
 
     def around(fn: Program) -> Program:
         for size, dim, holds in plates:
-            fn = ParticlePlate(f"{PARTICLES}{-dim}", size, dim=dim, holds=holds)(fn)
+            fn = ParticlePlate(f"{PARTICLES}{-dim}", size, dim=dim, holds=holds, spreads=spreads)(fn)
         return outside(fn)
 
     return around

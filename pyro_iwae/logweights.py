@@ -50,7 +50,8 @@ class LogWeights:
         children: nodes of the plates that have particles of their own, inside each particle of this one. Their
             ``plates`` hold those of this node.
         shared: whether the particles were drawn once for all particles further out, and not anew inside each;
-            ``score`` then has shape ``(particles, 1, ..., 1, *plates)``.
+            ``score`` then has shape ``(particles, 1, ..., 1, *plates)``, and ``log_weights`` size 1 along outer
+            particles that do not change them.
 
     Example::
 
@@ -67,7 +68,7 @@ class LogWeights:
     constant: Mapping[tuple[str, ...], Tensor] = field(default_factory=dict)
     tempered: bool = False
     score: Float[Tensor, "particles ..."] | None = None
-    score_log_q: Float[Tensor, "particles *plates"] | None = None
+    score_log_q: Float[Tensor, "particles ..."] | None = None
     score_scale: float | Tensor = 1.0
     cut: Cut | None = None
     children: tuple[LogWeights, ...] = ()
@@ -94,9 +95,13 @@ class LogWeights:
             One value per independent element, shape ``(*plates)``. Where every particle is impossible the value
             is -inf, with zero gradient.
         """
-        impossible = (self.log_weights == -math.inf).all(0)
-        possible = torch.where(impossible, 0.0, self.log_weights)  # keeps NaN out of the gradient
-        return torch.where(impossible, -math.inf, possible.logsumexp(0) - math.log(self.num_particles))
+        largest = self.log_weights.detach().amax(0)
+        impossible = largest == -math.inf
+        origin = torch.where(impossible, 0.0, largest)
+        total = (self.log_weights - origin).exp().sum(0)
+        # torch.logsumexp has NaN for a gradient where every particle is impossible, and takes more passes.
+        value = torch.where(impossible, 1.0, total).log() + origin - math.log(self.num_particles)
+        return torch.where(impossible, -math.inf, value)
 
     def grown(self, children: Sequence[LogWeights]) -> LogWeights:
         """This node with children, whose bounds are added to its log weights."""

@@ -78,7 +78,7 @@ class Run:
         return -self.depth - 1 - node
 
     def at_place(self, value: Tensor, place: Mapping[int, int], events: int) -> Tensor:
-        """What belongs to one particle of each node, in a value of a run of all, without the dimensions of particles."""
+        """What belongs to one particle of each node, out of a value of a run of all."""
         for node in sorted(place, reverse=True):  # the leftmost first
             dim = self.depth_of(node) - events
             if value.dim() >= -dim:
@@ -139,7 +139,10 @@ def run_particles(
     outside = EnclosingPlates(call.enclosing)  # within poutine.replay, as plates must be to broadcast
     wide = run.is_wide(num_particles)
     around, around_guide = (
-        particle_plates(run.plates(num_particles, guide=guide) if wide else (), outside) for guide in (False, True)
+        particle_plates(
+            run.plates(num_particles, guide=guide) if wide else (), outside, spreads=guide or not run.tree.combined
+        )
+        for guide in (False, True)
     )
     once = partial(
         run_pair,

@@ -274,4 +274,12 @@ def require_site_shapes(pair: Pair, max_plate_nesting: Any) -> None:
     if is_validation_enabled():
         for role, _, site in pair.sites():
             log_prob = log_prob_of(site) if role == "model" else score_parts_of(site).log_prob
-            check_site_shape({**site, "log_prob": log_prob}, max_plate_nesting)
+            check_site_shape({**site, "log_prob": _for_all_particles(log_prob, site)}, max_plate_nesting)
+
+
+def _for_all_particles(log_prob: Tensor, site: Site) -> Tensor:
+    """The log density with all dimensions of particles, also where it is the same for all."""
+    sizes = {f.dim: f.size for f in site["cond_indep_stack"] if f.name.startswith(PARTICLES)}
+    width = max([log_prob.dim(), *(-dim for dim in sizes)])
+    log_prob = log_prob.reshape((1,) * (width - log_prob.dim()) + log_prob.shape)
+    return log_prob.expand([sizes.get(d, n) if n == 1 else n for d, n in enumerate(log_prob.shape, -width)])

@@ -320,12 +320,16 @@ def _own_weights(table: Sequence[Sequence[Term]], layout: Layout, shape: Sequenc
 
 
 def _drawn_once(node: LogWeights) -> LogWeights:
-    """Marks particles that serve all those further out; their log q counts once."""
-    score = node.score
-    if score is not None:
-        for dim in range(1, score.dim() - len(node.plates)):
-            score = score.narrow(dim, 0, 1)
-    return replace(node, shared=True, score=score)
+    """Marks particles that serve all those further out; what is alike for all of these is held, and summed, once."""
+
+    def once(value: Tensor, outer: Callable[[int], bool]) -> Tensor:
+        for dim in filter(outer, range(1, value.dim() - len(node.plates))):
+            value = value.narrow(dim, 0, 1)
+        return value
+
+    log_weights = once(node.log_weights, lambda dim: node.log_weights.stride(dim) == 0)  # expanded, not computed
+    score = None if node.score is None else once(node.score, lambda dim: True)
+    return replace(node, shared=True, log_weights=log_weights, score=score)
 
 
 def _score_scale(tables: Sequence[Sequence[Term]]) -> Scale:
@@ -423,6 +427,11 @@ def constants_of(tables: Sequence[Sequence[Term]]) -> dict[tuple[str, ...], Tens
 
 def _explain_infinite(weights: LogWeights, tables: Sequence[Sequence[Term]]) -> None:
     """Raises on NaN and +inf with the site's name; warns where every particle of an element is impossible."""
+    if weights.log_weights.numel() == 0:
+        return
+    lowest, highest = torch.aminmax(weights.log_weights)  # NaN if any is
+    if bool(lowest > -math.inf) and bool(highest < math.inf):
+        return
     terms = [t for table in tables for t in table]
     for term in terms:
         if bool(term.value.isnan().any()):

@@ -14,8 +14,9 @@ from hypothesis import event, given, note, settings
 from hypothesis import strategies as st
 from pyro import poutine
 from pyro.distributions.testing.fakes import NonreparameterizedNormal
-from pyro.infer import Trace_ELBO
+from pyro.infer import Trace_ELBO, TraceTMC_ELBO
 from pyro.infer.autoguide import AutoMultivariateNormal, AutoNormal
+from pyro.infer.enum import config_enumerate
 
 from pyro_iwae import (
     CIWAE,
@@ -192,6 +193,51 @@ def test_at_the_exact_posterior_there_is_no_noise(options):
         assert -loss.item() == pytest.approx(dist.Normal(0.0, 2**0.5).log_prob(DATA).sum().item())
         for grad in torch.autograd.grad(loss, [loc, scale]):
             assert grad.abs().max() < 1e-12
+
+
+def chain():
+    """Three levels, each tied to the next one out alone."""
+
+    def model():
+        g = pyro.sample("g", dist.Normal(torch.tensor(0.0), 1.0))
+        with pyro.plate("rows", 3, dim=-2):
+            u = pyro.sample("u", dist.Normal(g, 1.0))
+            with pyro.plate("columns", 4, dim=-1):
+                z = pyro.sample("z", dist.Normal(u, 1.0))
+                pyro.sample("x", dist.Normal(z, 1.0), obs=torch.arange(12.0).reshape(3, 4) / 6)
+
+    def guide():
+        a, s = pyro.param("a", torch.tensor(0.3)), pyro.param("s", torch.tensor(0.9))
+        pyro.sample("g", dist.Normal(a, s))
+        with pyro.plate("rows", 3, dim=-2):
+            pyro.sample("u", dist.Normal(torch.arange(3.0).reshape(3, 1) / 2, s))
+            with pyro.plate("columns", 4, dim=-1):
+                pyro.sample("z", dist.Normal(torch.arange(12.0).reshape(3, 4) / 6 + a, s))
+
+    return model, guide
+
+
+def test_combinations_are_those_of_tensor_monte_carlo():
+    """On the same draws, value and gradient: Pyro contracts its factors by pyro.ops, the tree from leaves to root."""
+    model, guide = chain()
+    tree = ImportanceWeightedELBO(4, plate_particles={"rows": 4, "columns": 4}, combine=True)
+    tree.loss(model, guide)
+    sampled = config_enumerate(guide, default="parallel", num_samples=4, expand=False)
+    found = []
+    for elbo, q in ((tree, guide), (TraceTMC_ELBO(max_plate_nesting=2), sampled)):
+        pyro.set_rng_seed(3)
+        loss = elbo.differentiable_loss(model, q)
+        found.append((loss.item(), gradients(loss)))
+    assert found[0][0] == pytest.approx(found[1][0], rel=1e-10)
+    torch.testing.assert_close(found[0][1], found[1][1])
+
+
+def test_combinations_cost_no_more_than_the_largest_factor():
+    """z is tied to u alone: its weights are not held for every g."""
+    weights = ImportanceWeightedELBO(5, plate_particles={"rows": 6, "columns": 7}, combine=True).log_weights(*chain())
+    (rows,) = weights.children
+    (columns,) = rows.children
+    assert rows.log_weights.shape == (6, 5, 3) and columns.log_weights.shape == (7, 6, 1, 3, 4)
 
 
 # Gradients through the tree: replicates in an independent plate, with parameters of their own
