@@ -17,6 +17,7 @@ from pyro.poutine.util import site_is_factor
 from torch import Tensor
 
 from pyro_iwae.drawn import settable
+from pyro_iwae.inspection import inspect
 from pyro_iwae.options import require_callables
 from pyro_iwae.particles import Call
 from pyro_iwae.plates import Layout, Scale, Site, latent_sites, own_scale
@@ -24,6 +25,7 @@ from pyro_iwae.state import unchanged_state
 from pyro_iwae.structure import Structure, StructureCache
 from pyro_iwae.terms import is_zero, outer_scale
 from pyro_iwae.traces import Pair, run_pair
+from pyro_iwae.tree import PlateParticles
 from pyro_iwae.weighing import weigh_particles
 
 __all__ = ["PlateReport", "Preflight", "SiteReport", "preflight"]
@@ -75,6 +77,7 @@ class PlateReport:
         full_size: elements that it stands for.
         independent: whether each element gets its own log-mean-exp.
         prevented_by: the site that keeps it from being independent, or None.
+        own_particles: whether its latents can have particles of their own, by ``plate_particles``.
         advice: what to write instead, or an empty string.
     """
 
@@ -83,6 +86,7 @@ class PlateReport:
     full_size: int
     independent: bool
     prevented_by: str | None
+    own_particles: bool
     advice: str
 
     def __str__(self) -> str:
@@ -162,11 +166,13 @@ def preflight(model: Callable[..., Any], guide: Callable[..., Any], *args: Any, 
     require_callables(model, guide)
     with poutine.block(), unchanged_state(model, guide):
         pair = run_pair(model, guide, args, kwargs, matched=False)
-    structure, problems, said = _weigh_once(Call(model, guide, args, kwargs))
+    call = Call(model, guide, args, kwargs)
+    structure, problems, said = _weigh_once(call)
     layout = Layout() if structure is None else structure.layout(pair, 1)
+    tree = None if structure is None else _grow_tree(call)
     return Preflight(
         sites=tuple(_sites(pair)),
-        plates=tuple(_plates(pair, layout, structure)),
+        plates=tuple(_plates(pair, layout, structure, tree)),
         problems=tuple(problems),
         warnings=tuple(said + _scale_warnings(pair, layout)),
     )
@@ -183,6 +189,14 @@ def _weigh_once(call: Call) -> tuple[Structure | None, list[str], list[str]]:
             except (ValueError, NotImplementedError) as error:
                 problems.append(str(error))
     return cache.newest, problems, [str(w.message) for w in caught if issubclass(w.category, UserWarning)]
+
+
+def _grow_tree(call: Call) -> Structure:
+    """The verdict where every plate that owns latents is to have particles of its own."""
+    wanted = PlateParticles.of("auto", num_particles=PARTICLES)
+    with warnings.catch_warnings(), poutine.block(), unchanged_state(call.model, call.guide):
+        warnings.simplefilter("ignore")  # the first look has said it
+        return inspect(call, vectorize=None, plate_particles=wanted)
 
 
 def _sites(pair: Pair) -> Iterator[SiteReport]:
@@ -220,17 +234,28 @@ def _printable(scale: Scale) -> float | str:
     return scale
 
 
-def _plates(pair: Pair, layout: Layout, structure: Structure | None) -> Iterator[PlateReport]:
+def _plates(
+    pair: Pair, layout: Layout, structure: Structure | None, grown: Structure | None
+) -> Iterator[PlateReport]:
     seen: dict[str, CondIndepStackFrame] = {}
     for _, _, site in pair.sites():
         for frame in site["cond_indep_stack"]:
             seen.setdefault(frame.name, frame)
     mixed: Mapping[str, str] = {} if structure is None else structure.mixed
+    own = set[str]() if grown is None else {node.plate for node in grown.run.tree.nodes}
+    joint: Mapping[str, str] = {} if grown is None else grown.joint
     for name, frame in seen.items():
         independent = any(_is_plate(p.name, p.dim, p.size, frame) for p in layout.plates)
         fault, advice = (None, "") if independent else _fault(pair, frame, mixed)
+        if name in own:
+            advice = (
+                "Give its latents particles of their own, for one weight each inside the whole: "
+                f"plate_particles={{'{name}': {PARTICLES}}}; or use more particles"
+            )
+        if name in joint:
+            advice += f". With plate_particles, {joint[name]}"
         full_size = frame.size if frame.full_size is None else frame.full_size
-        yield PlateReport(name, frame.size, full_size, independent, fault, advice)
+        yield PlateReport(name, frame.size, full_size, independent, fault, name in own, advice)
 
 
 def _is_plate(name: str, dim: int | None, size: int, frame: CondIndepStackFrame) -> bool:

@@ -73,6 +73,7 @@ def test_names_the_latent_outside():
     assert report.ok
     (plate,) = report.plates
     assert not plate.independent and plate.prevented_by == "mu" and "more particles" in plate.advice
+    assert plate.own_particles and "plate_particles={'data': 10}" in plate.advice
 
 
 def test_names_the_joint_latent_of_an_autoguide():
@@ -214,3 +215,30 @@ def test_leaves_random_numbers_as_they_were():
 def test_refuses_what_cannot_be_called():
     with pytest.raises(TypeError, match="guide"):
         preflight(local_model, None, DATA)
+
+
+def test_crossed_plates_and_what_is_weighed_jointly():
+    def rows_and_columns(observed):
+        users, items = pyro.plate("users", 2, dim=-2), pyro.plate("items", 4, dim=-1)
+        with users:
+            u = pyro.sample("u", dist.Normal(torch.tensor(0.0), 1.0))
+        with items:
+            v = pyro.sample("v", dist.Normal(torch.tensor(0.0), 1.0))
+        if observed:
+            with users, items:
+                pyro.sample("x", dist.Normal(u + v, 1.0), obs=torch.ones(2, 4))
+
+    def model():
+        rows_and_columns(observed=True)
+
+    def guide():
+        rows_and_columns(observed=False)
+
+    before = torch.get_rng_state()
+    report = preflight(model, guide)
+    assert (torch.get_rng_state() == before).all()
+    users, items = report.plates
+    assert items.own_particles and "plate_particles={'items': 10}" in items.advice
+    assert not users.own_particles
+    assert "latents ['u'] of plate 'users' are weighed jointly" in users.advice and "site 'x'" in users.advice
+    assert users.advice in str(report)
