@@ -42,13 +42,13 @@ class Reach:
     """
 
     node: LogWeights
-    slope: Float[Tensor, "particles *plates"]
-    share: Float[Tensor, "particles *plates"]
-    apart: Float[Tensor, "particles *plates"]
-    log_apart: Float[Tensor, "particles *plates"]
-    log_rest: Float[Tensor, "particles *plates"]
-    log_others: Float[Tensor, "particles *plates"]
-    value: Float[Tensor, "*plates"]
+    slope: Float[Tensor, "particles ..."]
+    share: Float[Tensor, "particles ..."]
+    apart: Float[Tensor, "particles ..."]
+    log_apart: Float[Tensor, "particles ..."]
+    log_rest: Float[Tensor, "particles ..."]
+    log_others: Float[Tensor, "particles ..."]
+    value: Float[Tensor, "..."]
     scale: float
     count: int
 
