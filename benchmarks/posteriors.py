@@ -4,11 +4,11 @@
 """Posteriors of hierarchical models: a mean-field guide, the same guide corrected by the plate tree, and NUTS.
 
 Eight schools (Rubin 1981); a varying-intercept regression like that of radon in Minnesota's counties (85 groups,
-simulated); a mixture of Gaussians whose discrete assignments the guide samples. Each guide is an ``AutoNormal``, trained
-with ``Trace_ELBO``, or with ``ImportanceWeightedELBO(..., plate_particles=...)``, which makes it wider. The latter,
-corrected by ``ImportanceResampledGuide(..., plate_particles=...)``, is compared with Pyro's NUTS (which sums the
-assignments out): means and standard deviations of every latent. Writes ``posteriors.json``, ``posteriors.md`` and
-``posteriors.png`` into ``benchmarks/results``.
+simulated); a mixture of Gaussians whose discrete assignments the guide samples. Each guide is an ``AutoNormal``,
+trained with ``Trace_ELBO``, or with ``ImportanceWeightedELBO(..., plate_particles=...)``, which makes it wider. The
+latter, corrected by ``ImportanceResampledGuide(..., plate_particles=...)``, is compared with Pyro's NUTS (which sums
+the assignments out): means and standard deviations of every latent. Writes ``posteriors.json``, ``posteriors.md``
+and ``posteriors.png`` into ``benchmarks/results``.
 """
 
 import math
@@ -58,7 +58,7 @@ class Schools:
     def latents(self, draws):
         noise = draws.get("noise")
         theta = draws["theta"] if noise is None else draws["mu"][:, None] + draws["tau"][:, None] * noise
-        return {"mu": draws["mu"], "log tau": draws["tau"].log(), "theta": theta}
+        return {"mu": draws["mu"], "tau": draws["tau"], "theta": theta}
 
 
 class Radon:
@@ -92,25 +92,24 @@ class Radon:
         return AutoNormal(self.model, init_scale=0.1)
 
     def latents(self, draws):
-        positive = {f"log {n}": draws[n].log() for n in ("spread", "noise")}
-        return {"mu": draws["mu"], "slope": draws["slope"], **positive, "a": draws["a"]}
+        return {n: draws[n] for n in ("mu", "spread", "slope", "noise", "a")}
 
 
 class Mixture:
     """Two overlapping clusters; which row belongs to which is sampled by the guide."""
 
     name = "mixture, discrete locals"
-    particles, inner = 2000, {"rows": 16}
+    particles, inner = 2000, {"rows": 64}
     rows = 80
 
     def __init__(self):
         side = dist.Bernoulli(0.35).sample((self.rows,))
-        self.x = torch.where(side > 0, 1.5, -1.0) + 0.9 * torch.randn(self.rows)
+        self.x = torch.where(side > 0, 1.8, -1.2) + 0.9 * torch.randn(self.rows)
 
     def model(self, enumerate=None):
         weight = pyro.sample("weight", dist.Beta(2.0, 2.0))
-        low = pyro.sample("low", dist.Normal(-1.0, 0.7))
-        high = pyro.sample("high", dist.Normal(1.5, 0.7))
+        low = pyro.sample("low", dist.Normal(-1.0, 1.0))
+        high = pyro.sample("high", dist.Normal(1.0, 1.0))
         scale = pyro.sample("scale", dist.LogNormal(0.0, 0.3))
         with pyro.plate("rows", self.rows):
             side = pyro.sample("side", dist.Bernoulli(weight), infer={"enumerate": enumerate})
@@ -131,8 +130,7 @@ class Mixture:
         return guide
 
     def latents(self, draws):
-        found = {"logit weight": torch.logit(draws["weight"]), "low": draws["low"], "high": draws["high"]}
-        found["log scale"] = draws["scale"].log()
+        found = {n: draws[n] for n in ("weight", "low", "high", "scale")}
         if "side" in draws:
             return {**found, "side": draws["side"]}
         weight, low, high, scale = (draws[n][:, None] for n in ("weight", "low", "high", "scale"))
@@ -209,15 +207,19 @@ def corrected(problem, guide, options):
 
 
 def by_nuts(problem, options):
-    pyro.clear_param_store()
-    kernel = NUTS(problem.for_nuts, max_plate_nesting=1, jit_compile=True)
-    kernel._ignore_jit_warnings = True
-    mcmc = MCMC(kernel, num_samples=options.draws, warmup_steps=options.draws // 2, disable_progbar=options.smoke)
-    mcmc.run()
-    values, names = flat(problem, mcmc.get_samples())
-    both = moments(values)
-    effective = effective_sample_size(both.unsqueeze(0), 0, 1).clamp(min=4.0, max=len(values))
-    return values, names, effective
+    """Draws of all chains, one below the other, and the effective number for each moment."""
+    chains = []
+    for _ in range(options.chains):
+        pyro.clear_param_store()
+        kernel = NUTS(problem.for_nuts, max_plate_nesting=1, jit_compile=True, ignore_jit_warnings=True)
+        steps = {"num_samples": options.draws, "warmup_steps": options.draws // 2}
+        mcmc = MCMC(kernel, **steps, disable_progbar=options.smoke)
+        mcmc.run()
+        values, names = flat(problem, mcmc.get_samples())
+        chains.append(values)
+    together = torch.stack([moments(values) for values in chains])
+    effective = effective_sample_size(together, 0, 1).clamp(min=4.0, max=options.chains * options.draws)
+    return torch.cat(chains), names, effective
 
 
 def measure(kind, options):
@@ -233,8 +235,8 @@ def measure(kind, options):
 
     usual = timed("Trace_ELBO", lambda: train(problem, Trace_ELBO(8, vectorize_particles=True), options))
     found = {"Trace_ELBO": mean_and_std(moments(by_guide(problem, usual, options)))}
-    few = {name: 8 for name in problem.inner}
-    tree = ImportanceWeightedELBO(16, plate_particles=few, gradient=DoublyReparameterized())
+    few = {name: 16 for name in problem.inner}
+    tree = ImportanceWeightedELBO(32, plate_particles=few, gradient=DoublyReparameterized())
     guide = timed("tree", lambda: train(problem, tree, options))
     found["guide"] = mean_and_std(moments(by_guide(problem, guide, options)))
     rows, ess = timed("correction", lambda: corrected(problem, guide, options))
@@ -274,8 +276,8 @@ def z_scores(result):
 def table(results, settings):
     lines = ["# Posteriors of hierarchical models, against NUTS", ""]
     lines += [
-        "Means and standard deviations of all latents, of an AutoNormal trained with Trace_ELBO, of one trained with the "
-        "plate tree's bound, and of the latter corrected. `off by`: the largest distance of a mean from NUTS's, in "
+        "Means and standard deviations of all latents, of an AutoNormal trained with Trace_ELBO, of one trained with "
+        "the plate tree's bound, and of the latter corrected. `off by`: the largest distance of a mean from NUTS's, in "
         "NUTS's standard deviations; `sd`: smallest and largest ratio of a standard deviation to NUTS's. `largest z`: "
         "of all differences between corrected guide and NUTS, over their standard errors, and what the largest of so "
         "many independent ones exceeds in 1 of 20 cases. `ESS`: of the particles of the root."
@@ -314,19 +316,20 @@ def picture(results):
 
 def main():
     parser = arguments(__doc__)
-    parser.add_argument("--steps", type=int, default=4000)
-    parser.add_argument("--draws", type=int, default=4000)
-    parser.add_argument("--batches", type=int, default=100)
+    parser.add_argument("--steps", type=int, default=2000)
+    parser.add_argument("--draws", type=int, default=2000)
+    parser.add_argument("--chains", type=int, default=4)
+    parser.add_argument("--batches", type=int, default=40)
     options = parser.parse_args()
     if options.smoke:
-        options.steps, options.draws, options.batches = 5, 10, 4
+        options.steps, options.draws, options.chains, options.batches = 5, 10, 2, 4
     torch.set_num_threads(options.threads)
     torch.set_default_dtype(torch.float64)
     results = [measure(kind, options) for kind in tqdm(PROBLEMS, disable=True)]
     result = {
         "benchmark": "posteriors of hierarchical models against NUTS",
         **surroundings(),
-        "settings": {"steps": options.steps, "draws": options.draws, "batches": options.batches},
+        "settings": {n: getattr(options, n) for n in ("steps", "draws", "chains", "batches")},
         "results": results,
     }
     keep(result, table(results, result), "posteriors", options, picture(results))
