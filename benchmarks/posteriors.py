@@ -13,6 +13,7 @@ and ``posteriors.png`` into ``benchmarks/results``.
 
 import math
 import time
+import warnings
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -99,12 +100,12 @@ class Mixture:
     """Two overlapping clusters; which row belongs to which is sampled by the guide."""
 
     name = "mixture, discrete locals"
-    particles, inner = 2000, {"rows": 64}
-    rows = 80
+    particles, inner = 1000, {"rows": 128}
+    rows = 150
 
     def __init__(self):
         side = dist.Bernoulli(0.35).sample((self.rows,))
-        self.x = torch.where(side > 0, 1.8, -1.2) + 0.9 * torch.randn(self.rows)
+        self.x = torch.where(side > 0, 1.6, -1.4) + 0.9 * torch.randn(self.rows)
 
     def model(self, enumerate=None):
         weight = pyro.sample("weight", dist.Beta(2.0, 2.0))
@@ -325,6 +326,7 @@ def main():
         options.steps, options.draws, options.chains, options.batches = 5, 10, 2, 4
     torch.set_num_threads(options.threads)
     torch.set_default_dtype(torch.float64)
+    warnings.filterwarnings("ignore", "`torch.jit", DeprecationWarning)  # of Pyro's jit_compile
     results = [measure(kind, options) for kind in tqdm(PROBLEMS, disable=True)]
     result = {
         "benchmark": "posteriors of hierarchical models against NUTS",

@@ -30,13 +30,17 @@ from pyro_iwae.plates import (
     plate_scale,
     sample_sites,
 )
-from pyro_iwae.terms import enumerated_groups
+from pyro_iwae.terms import enumerated_groups, is_zero
 from pyro_iwae.traces import Pair
-from pyro_iwae.tree import Node, PlateParticles, Tree, combine_problem
+from pyro_iwae.tree import CHANGING_SITES, Node, PlateParticles, Tree, combine_problem
 from pyro_iwae.trial import CHECK_PARTICLES, Trial
 
 __all__ = ["Branching", "Fault"]
 
+PUT_INSIDE = (
+    "put it into the plate, element by element (the log densities of rows that belong to elements by an index can be "
+    "summed by element, with index_add, and given to pyro.factor there)"
+)
 Chain = tuple[str, ...]  # plates with particles of their own, from the root to a latent
 Kind = frozenset[str]  # all such plates that a latent lies in
 
@@ -78,6 +82,9 @@ class Branching:
         self.trial, self.pairs, self.run, self.wanted = trial, pairs, run, wanted
         self.independent = independent
         self.root = self._layout(lambda site: True).keeping_keys(independent)
+        known = [{(role, name) for role, name, _ in pair.sites()} for pair in pairs]
+        if any(found != known[0] for found in known):
+            raise ValueError(CHANGING_SITES)
         drawn = latent_sites(pairs[0].guide)
         self.latents = {name: site for name, site in drawn if settable(site)}
         self.plates = self._plates()
@@ -158,6 +165,15 @@ class Branching:
             "plate_particles, or write a guide that draws them there (AutoNormal)"
         )
 
+    def left_out(self) -> list[str]:
+        """Plates that the model draws in, neither independent nor with latents of the guide, where none has such."""
+        if self.plates:
+            return []
+        known = dict(self._known_plates())
+        drawn = [s for _, s in latent_sites(self.pairs[0].model) if s["infer"].get("_enumerate_dim") is None]
+        names = {f.name for s in drawn for f in s["cond_indep_stack"] if f.name in known}
+        return sorted(name for name in names if plate_key(known[name]) not in self.independent)
+
     # The search
 
     def find(self) -> tuple[Tree, dict[str, str]]:
@@ -185,23 +201,40 @@ class Branching:
 
     def _starts(self) -> Iterator[dict[Kind, Chain]]:
         """Chains by every order of the plates in which a plate comes before those inside it."""
-        for names in itertools.permutations(self.plates):
+        parts: list[list[dict[Kind, Chain]]] = [[{frozenset(): ()}]]
+        for plates in self._sharing():
+            kinds = [kind for kind in set(self.kinds.values()) if kind and kind <= plates]
+            orders = [{kind: tuple(n for n in names if n in kind) for kind in kinds} for names in self._orders(plates)]
+            parts.append([chains for i, chains in enumerate(orders) if chains not in orders[:i]])
+        for choice in itertools.product(*parts):
+            yield {kind: chain for chains in choice for kind, chain in chains.items()}
+
+    def _sharing(self) -> list[Kind]:
+        """The plates, those that hold latents together in one set."""
+        found: list[Kind] = []
+        for kind in filter(None, set(self.kinds.values())):
+            found = [*(f for f in found if not f & kind), kind.union(*(f for f in found if f & kind))]
+        return found
+
+    def _orders(self, plates: Kind) -> Iterator[Chain]:
+        for names in itertools.permutations(sorted(plates)):
             held = [self.plates[n].latents for n in names]
             if not any(later > held[i] for i in range(len(held)) for later in held[i + 1 :]):
-                yield {kind: tuple(n for n in names if n in kind) for kind in set(self.kinds.values())}
+                yield names
 
     def _moved(self, chains: Mapping[Kind, Chain], fault: Fault | None) -> dict[str, str]:
         moved = {plate for kind, chain in chains.items() for plate in kind - set(chain)}
         if not moved or fault is None:
             return {}
-        found = {}
+        parts = []
         for plate in sorted(moved):
             names = sorted(n for n, kind in self.kinds.items() if plate in kind and plate not in chains[kind])
-            found[plate] = (
-                f"latents {names} of plate '{plate}' are weighed jointly with those outside it and have no particles "
-                f"of their own: {fault.reason}"
-            )
-        return found
+            parts.append(f"{names} of plate '{plate}'")
+        message = (
+            f"latents {' and '.join(parts)} are weighed jointly with those outside and have no particles of their own: "
+            f"{fault.reason}"
+        )
+        return dict.fromkeys(sorted(moved), message)
 
     def learn(self, tree: Tree, node: int, name: str) -> bool:
         """Takes it that latents of a node reach a site; whether that is news."""
@@ -230,7 +263,7 @@ class Branching:
             if isinstance(layout, Fault):
                 return layout
             layouts[c] = layout
-        outside = self._enumerated_outside(homes, layouts)
+        outside = self._outside(homes, layouts)
         if outside is not None:
             return outside
         self._require_combinable(chains, around)
@@ -255,6 +288,13 @@ class Branching:
             if apart:
                 return self._crossing(name, chains, *min(apart, key=lambda pair: (pair[0][-1] == pair[1][-1], pair)))
             homes[label(name, site)] = inner
+        for name, kind in self.kinds.items():
+            inner = homes[label(name, self.latents[name])]
+            if inner != chains[kind]:
+                return Fault(
+                    frozenset(inner),
+                    f"the guide draws site '{name}' given latents of plate '{inner[-1]}', inside which it does not lie",
+                )
         return homes
 
     def _crossing(self, name: str, chains: Mapping[Kind, Chain], one: Chain, other: Chain) -> Fault:
@@ -286,8 +326,7 @@ class Branching:
             return Fault(
                 frozenset(chain),
                 f"{fault[0]} site '{fault[1]}' depends on them and lies outside plate '{plate.name}', or mixes its "
-                f"elements. Put it into '{plate.name}', element by element; the log densities of rows that belong to "
-                "elements by an index can be summed by element (index_add) and given to pyro.factor there",
+                f"elements; {PUT_INSIDE}",
             )
         for further in whole.plates:
             if further not in least.plates:
@@ -300,17 +339,19 @@ class Branching:
         dims = self.run.particle_dims(CHECK_PARTICLES)
         return candidates(self.pairs[0].model, self.pairs[0].guide, dims, holds)
 
-    def _enumerated_outside(self, homes: Mapping[str, Chain], layouts: Mapping[Chain, Layout]) -> Fault | None:
-        nodes = self.pairs[0].model.nodes
-        for group in enumerated_groups(self.pairs[0]):
-            for name in group:
-                chain = homes[label(name, nodes[name])]
-                if chain and layouts[chain].element(nodes[name]) is None:
-                    return Fault(
-                        frozenset(chain),
+    def _outside(self, homes: Mapping[str, Chain], layouts: Mapping[Chain, Layout]) -> Fault | None:
+        """A site that belongs to a node and does not lie in all of its plates."""
+        together = {name for group in enumerated_groups(self.pairs[0]) for name in group}
+        for _, name, site in self.pairs[0].sites():
+            chain = homes[label(name, site)]
+            if chain and layouts[chain].element(site) is None and not is_zero(site):
+                reason = f"site '{name}' depends on them and lies outside plate '{chain[-1]}'; {PUT_INSIDE}"
+                if name in together:
+                    reason = (
                         f"site '{name}' is summed out together with sites of plate '{chain[-1]}' and lies outside it; "
-                        "sample it in the guide, or move it into the plate",
+                        "sample it in the guide, or move it into the plate"
                     )
+                return Fault(frozenset(chain), reason)
         return None
 
     def _require_combinable(self, chains: Mapping[Kind, Chain], around: Mapping[Chain, set[Chain]]) -> None:

@@ -98,7 +98,7 @@ class _Inspection:
             joint: dict[str, str] = {}
             if plate_particles is not None:
                 run, joint = self._branched(run, independent, plate_particles, forced=vectorize is True)
-                self.messages += joint.values()
+                self.messages += dict.fromkeys(joint.values())
         self._warn_of_batch_norm()
         return Structure(
             run=run,
@@ -229,6 +229,11 @@ class _Inspection:
         """How particles are run where plates have their own, and why some plates have none."""
         pairs = self.trial.particles(CHECK_PARTICLES if run.vectorized else CHECK_PARTICLES // 2, run)
         branching = Branching(self.trial, pairs, run, independent, wanted)
+        if branching.left_out():  # named plates have raised
+            self.messages.append(
+                f"plate_particles='auto' has no effect: the guide draws nothing inside plates {branching.left_out()}, "
+                "only outside; write a guide that draws their latents there (AutoNormal)"
+            )
         while True:
             tree, joint = branching.find()
             grown = replace(run, tree=tree)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,8 +25,8 @@ from pyro_iwae.state import unchanged_state
 from pyro_iwae.structure import Structure, StructureCache
 from pyro_iwae.terms import is_zero, outer_scale
 from pyro_iwae.traces import Pair, run_pair
-from pyro_iwae.tree import PlateParticles
-from pyro_iwae.weighing import weigh_particles
+from pyro_iwae.tree import PlateParticles, Tree
+from pyro_iwae.weighing import subsampled_inside, weigh_particles
 
 __all__ = ["PlateReport", "Preflight", "SiteReport", "preflight"]
 
@@ -234,28 +234,35 @@ def _printable(scale: Scale) -> float | str:
     return scale
 
 
-def _plates(
-    pair: Pair, layout: Layout, structure: Structure | None, grown: Structure | None
-) -> Iterator[PlateReport]:
+def _plates(pair: Pair, layout: Layout, structure: Structure | None, grown: Structure | None) -> Iterator[PlateReport]:
     seen: dict[str, CondIndepStackFrame] = {}
     for _, _, site in pair.sites():
         for frame in site["cond_indep_stack"]:
             seen.setdefault(frame.name, frame)
     mixed: Mapping[str, str] = {} if structure is None else structure.mixed
-    own = set[str]() if grown is None else {node.plate for node in grown.run.tree.nodes}
+    tree = Tree() if grown is None else grown.run.tree
+    suggestion = "" if grown is None else _suggestion(pair, tree, grown.layouts(pair, 1))
     joint: Mapping[str, str] = {} if grown is None else grown.joint
     for name, frame in seen.items():
         independent = any(_is_plate(p.name, p.dim, p.size, frame) for p in layout.plates)
         fault, advice = (None, "") if independent else _fault(pair, frame, mixed)
-        if name in own:
+        own = any(node.plate == name for node in tree.nodes)
+        if own:
             advice = (
-                "Give its latents particles of their own, for one weight each inside the whole: "
-                f"plate_particles={{'{name}': {PARTICLES}}}; or use more particles"
+                f"Give its latents particles of their own, for one weight each inside the whole: {suggestion}; or use "
+                "more particles"
             )
         if name in joint:
             advice += f". With plate_particles, {joint[name]}"
         full_size = frame.size if frame.full_size is None else frame.full_size
-        yield PlateReport(name, frame.size, full_size, independent, fault, name in own, advice)
+        yield PlateReport(name, frame.size, full_size, independent, fault, own, advice)
+
+
+def _suggestion(pair: Pair, tree: Tree, layouts: Sequence[Layout]) -> str:
+    """Particles for every plate that can have its own; 1 for what is around a subsampled one."""
+    ones = set[int]().union(*(around for _, _, around in subsampled_inside(pair, layouts, tree)))
+    counts = {node.plate: 1 if i in ones else PARTICLES for i, node in enumerate(tree.nodes) if i}
+    return ("num_particles=1, " if 0 in ones else "") + f"plate_particles={counts}"
 
 
 def _is_plate(name: str, dim: int | None, size: int, frame: CondIndepStackFrame) -> bool:

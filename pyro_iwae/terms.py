@@ -228,11 +228,12 @@ def enumerated_dims(pair: Pair) -> dict[str, Any]:
 
 def enumerated_groups(pair: Pair) -> list[set[str]]:
     """The names of the sites that are contracted together, because they share enumerated variables."""
+    factors = enumerated_dims(pair)  # which gives the variables their symbols
     symbols = {
         s["infer"]["_enumerate_symbol"] for _, s in sample_sites(pair.model) if "_enumerate_symbol" in s["infer"]
     }
     groups: list[tuple[set[str], set[str]]] = []
-    for name, factor in enumerated_dims(pair).items():
+    for name, factor in factors.items():
         names, shared = {name}, symbols & set(factor._pyro_dims)
         apart = []
         for other, theirs in groups:

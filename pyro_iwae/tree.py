@@ -14,7 +14,7 @@ from typing import Any
 from pyro_iwae.options import as_count
 from pyro_iwae.plates import Site, label
 
-__all__ = ["Node", "PlateParticles", "Tree", "UnknownSite", "combine_problem"]
+__all__ = ["CHANGING_SITES", "Node", "PlateParticles", "Tree", "UnknownSite", "combine_problem"]
 
 
 @dataclass(frozen=True)
@@ -142,6 +142,12 @@ class Tree:
     def grid(self, node: int, num_particles: int) -> Iterator[tuple[int, ...]]:
         """Indices of the node's particles, in the order of its log weights: own, then those further out."""
         return itertools.product(*(range(n) for n in self.shape(node, num_particles)))
+
+
+CHANGING_SITES = (
+    "expected model and guide to have the same sites and plates in every run, as plate_particles needs, got different "
+    "ones in two runs with the same arguments; leave plate_particles out"
+)
 
 
 def combine_problem(name: str, plate: str) -> str:

@@ -24,6 +24,7 @@ from pyro_iwae.particles import Call, Run, run_particles, spread_value, stacked_
 from pyro_iwae.plates import Layout, Site, latent_sites
 from pyro_iwae.state import get_random_state, moved_slightly, set_random_state
 from pyro_iwae.traces import Pair
+from pyro_iwae.tree import CHANGING_SITES
 
 __all__ = ["CHECK_PARTICLES", "Trial"]
 
@@ -108,8 +109,9 @@ class Trial:
         _require_finite(before, finite)
         set_random_state(seed)
         after, moved = self._again(pairs, {**values, **others}, run, count)
-        changed = {k for k in before.keys() & after.keys() if not close(before[k], after[k])}
-        changed |= before.keys() ^ after.keys()  # a site that came or went
+        if before.keys() != after.keys() or drawn.keys() != moved.keys():
+            raise ValueError(CHANGING_SITES)
+        changed = {k for k in before if not close(before[k], after[k])}
         return changed | {("guide", n) for n, v in drawn.items() if not close(v, moved[n])}
 
     def _values_and_others(

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -29,9 +29,9 @@ from pyro_iwae.plates import Layout, Scale, Site, is_subsampled, latent_sites, o
 from pyro_iwae.structure import Structure, StructureCache
 from pyro_iwae.terms import Term, joined, one_scale, outer_scale, terms_of, weighed_sites
 from pyro_iwae.traces import Pair, Recording, require_site_shapes
-from pyro_iwae.tree import PlateParticles, Tree, combine_problem
+from pyro_iwae.tree import CHANGING_SITES, PlateParticles, Tree, combine_problem
 
-__all__ = ["Particles", "constants_of", "subsampling_problem", "weigh", "weigh_particles"]
+__all__ = ["Particles", "constants_of", "subsampled_inside", "subsampling_problem", "weigh", "weigh_particles"]
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,8 @@ def weigh_particles(
     """
     recording = Recording() if recording is None else recording
     plates = tuple((f.name, f.dim) for f in call.enclosing)
-    key = cache.key(call.model, call.guide, plates, vectorize, max_plate_nesting, plate_particles)
+    switches = (*map(_switch, call.args), *((n, _switch(v)) for n, v in sorted(call.kwargs.items())))
+    key = cache.key(call.model, call.guide, plates, vectorize, max_plate_nesting, plate_particles, switches)
     minibatch = Minibatch() if minibatch is None else minibatch
 
     def look() -> Structure:
@@ -148,6 +149,11 @@ def weigh_particles(
     return Particles(weights, pairs, layouts, structure, minibatch)
 
 
+def _switch(value: Any) -> bool | None:
+    """Whether a number among the arguments is on: a coupling that was 0 at the first look ties what it did not then."""
+    return bool(value) if isinstance(value, bool | int | float) else None
+
+
 def _common_layouts(structure: Structure, pairs: Sequence[Pair], num_particles: int) -> list[Layout]:
     """The columns that all runs have; one weight for everything where sites change from particle to particle."""
     layouts = structure.layouts(pairs[0], num_particles)
@@ -160,10 +166,7 @@ def _common_layouts(structure: Structure, pairs: Sequence[Pair], num_particles: 
             "structure follows the latents, pass vectorize_particles=False"
         )
     if structure.run.tree.grows:
-        raise ValueError(
-            "expected model and guide to have the same sites and plates in every run, as plate_particles needs, got "
-            "different ones in two runs with the same arguments; leave plate_particles out"
-        )
+        raise ValueError(CHANGING_SITES)
     return [layout.keeping(()) for layout in layouts]
 
 
@@ -294,6 +297,7 @@ def weigh(
                 tempered=common is None and tempered,
             )
         else:
+            _require_inside(tables[i], tree.nodes[i].plate)
             parent = layouts[tree.path(i)[1]]
             node = replace(node, scale=layouts[i].scale / parent.scale)
             if tree.combined:
@@ -301,6 +305,16 @@ def weigh(
         grown[i] = node.grown([grown[child] for child in tree.children(i)])
         _explain_infinite(grown[i], tables[i])
     return grown[0]
+
+
+def _require_inside(table: Sequence[Sequence[Term]], plate: str) -> None:
+    """Raises where a site belongs to a plate's particles and lies outside: there is no place for its term."""
+    for term in (t for terms in table for t in terms):
+        if term.element is None and bool((term.value != 0).any()):
+            raise ValueError(
+                f"{term.role} site '{term.name}' depends on latents of plate '{plate}' and lies outside it, and did not "
+                "at the first look at model and guide; make what depends on what the same in every call"
+            )
 
 
 def _own_weights(table: Sequence[Sequence[Term]], layout: Layout, shape: Sequence[int]) -> LogWeights:
@@ -368,46 +382,62 @@ def subsampling_problem(
     pair: Pair, layouts: Sequence[Layout], tree: Tree | None = None, num_particles: int = 2
 ) -> str | None:
     """What is wrong, and what to write instead, for a subsampled plate below a latent; None if nothing is."""
-    latents = [s for t in (pair.model, pair.guide) for _, s in latent_sites(t)]
     tree = Tree() if tree is None else tree
-    if not latents:
-        return None
-    for i, layout in enumerate(layouts):
-        around = [n for n in tree.path(i)]
-        for site in weighed_sites(pair, layouts[0]):
-            if not layout.holds(site):
-                continue
-            for frame in site["cond_indep_stack"]:
-                if not is_subsampled(frame):
-                    continue
-                # The plate's scale is outside the weights of the nodes whose elements are the plate's.
-                inner = [n for n in around if not any(p.frame_of(site) == frame for p in layouts[n].plates)]
-                counts = {n: tree.counts(num_particles)[n] for n in inner}
-                if all(count == 1 for count in counts.values()):
-                    continue
-                return _subsampling_message(frame, site, latents, tree, counts)
+    counts, found = tree.counts(num_particles), list(subsampled_inside(pair, layouts, tree))
+    for site, frame, around in found:
+        if any(counts[node] > 1 for node in around):
+            return (
+                f"plate '{frame.name}' (site '{site['name']}') shows {frame.size} of its {frame.full_size} elements, "
+                "and is not independent: latents outside it, or a site that mixes its elements, tie them. With more "
+                "than one particle its scale would sit inside the logarithm and the loss would be no bound; "
+                + _subsampling_remedy(pair, layouts, tree, counts, found)
+            )
     return None
 
 
-def _subsampling_message(
-    frame: CondIndepStackFrame, site: Site, latents: Sequence[Site], tree: Tree, counts: Mapping[int, int]
+Subsampled = tuple[Site, CondIndepStackFrame, set[int]]
+
+
+def subsampled_inside(pair: Pair, layouts: Sequence[Layout], tree: Tree) -> Iterator[Subsampled]:
+    """Sites in subsampled plates, and the nodes inside whose logarithm the plate's scale stands: with one particle."""
+    if not any(True for t in (pair.model, pair.guide) for _ in latent_sites(t)):
+        return
+    for i, layout in enumerate(layouts):
+        for site in filter(layout.holds, weighed_sites(pair, layouts[0])):
+            for frame in filter(is_subsampled, site["cond_indep_stack"]):
+                # It is outside the weights of the nodes whose elements are the plate's.
+                yield (
+                    site,
+                    frame,
+                    {n for n in tree.path(i) if all(p.frame_of(site) != frame for p in layouts[n].plates)},
+                )
+
+
+def _subsampling_remedy(
+    pair: Pair, layouts: Sequence[Layout], tree: Tree, counts: Sequence[int], found: Sequence[Subsampled]
 ) -> str:
-    owns = any(f.name == frame.name for s in latents for f in s["cond_indep_stack"])
-    named = {n.plate: n.count for n in tree.nodes[1:]}
-    ones = {tree.nodes[i].plate: 1 for i in counts if i > 0}
-    remedy = "write num_particles=1, or give it the full data (no subsample_size)"
-    if owns:
-        wanted = {**named, **ones, **({} if frame.name in named else {frame.name: "K"})}
-        text = ", ".join(f"'{plate}': {count}" for plate, count in wanted.items())
-        remedy += (
-            f"; num_particles=1, plate_particles={{{text}}} gives the latents of the plate particles of their own, "
-            "inside the scale's sum"
-        )
+    ones = set[int]().union(*(around for _, _, around in found))
+    wanted: dict[str, int | str] = {n.plate: 1 if i in ones else n.count for i, n in enumerate(tree.nodes) if i}
+    wanted.update(dict.fromkeys(_without_particles(pair, layouts, found), "K"))
+    text = "{" + ", ".join(f"'{plate}': {count}" for plate, count in wanted.items()) + "}"
+    full = "give it the full data (no subsample_size)"
+    if all(count == 1 for count in wanted.values()):
+        return f"write num_particles=1, or {full}"
+    if counts[0] == 1:
+        return f"write plate_particles={text}, or {full}"
     return (
-        f"plate '{frame.name}' (site '{site['name']}') shows {frame.size} of its {frame.full_size} elements, "
-        "and is not independent: latents outside it, or a site that mixes its elements, tie them. With more "
-        f"than one particle its scale would sit inside the logarithm and the loss would be no bound; {remedy}"
+        f"write num_particles=1, or {full}; num_particles=1, plate_particles={text} gives the latents of the plate "
+        "particles of their own, inside the scale's sum"
     )
+
+
+def _without_particles(pair: Pair, layouts: Sequence[Layout], found: Sequence[Subsampled]) -> list[str]:
+    """Subsampled plates that own latents and could have particles of these: the innermost ones."""
+    known = {p.name for layout in layouts[1:] for p in layout.plates}
+    latents = {n: {f.name for f in s["cond_indep_stack"]} for n, s in latent_sites(pair.guide) if settable(s)}
+    held = {f.name: {n for n, plates in latents.items() if f.name in plates} for _, f, _ in found}
+    free = {name: names for name, names in held.items() if names and name not in known}
+    return [name for name, names in free.items() if not any(other < names for other in free.values())]
 
 
 def constants_of(tables: Sequence[Sequence[Term]]) -> dict[tuple[str, ...], Tensor]:

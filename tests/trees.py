@@ -35,10 +35,10 @@ class Latent:
 
 @dataclass(frozen=True)
 class Seen:
-    """An observation; ``family`` mixture is a coin summed out above a Gaussian."""
+    """An observation; mixture is a coin summed out above a Gaussian, hidden one that alone follows latents."""
 
     name: str
-    family: str  # normal, mixture
+    family: str  # normal, mixture, hidden
     follows: bool  # the nearest latent further out
 
 
@@ -167,9 +167,9 @@ class TreeProgram:
     def _observe(self, seen, name, above, path, index, numbers):
         data = self._rows(numbers[f"x_{seen.name}"], path, index)
         loc = numbers[seen.name] + (0.0 if above is None else above)
-        if seen.family == "mixture":
+        if seen.family != "normal":
             side = pyro.sample(f"c{name}", dist.Bernoulli(logits=0.3 * loc), infer={"enumerate": "parallel"})
-            loc = loc + 1.5 * side
+            loc = (numbers[seen.name] if seen.family == "hidden" else loc) + 1.5 * side
         pyro.sample(name, dist.Normal(loc, 1.0), obs=data)
 
 
@@ -212,7 +212,7 @@ def columns(node):
     """Plates that hold all latents of the node and of those inside it."""
     paths = [path[1:] for n in node.nodes() for path in n.mine if path[-1].latents]
     if len(node.around) == 1:  # what is summed out is a latent, too; further in it belongs to the latents it follows
-        paths += [p[1:] for n in node.nodes() for p in n.mine if any(s.family == "mixture" for s in p[-1].seen)]
+        paths += [p[1:] for n in node.nodes() for p in n.mine if any(s.family != "normal" for s in p[-1].seen)]
     keys = [{p.key for p in path} for path in paths]
     return [p for p in paths[0] if all(p.key in held for held in keys)] if paths else list(node.around[1:])
 
@@ -388,7 +388,7 @@ class Reference:
     def _log_density(self, item, path, element, model, guide):
         if isinstance(item, Latent):
             return self._term(model, item.name, path, element) - self._term(guide, item.name, path, element)
-        if item.family == "mixture":
+        if item.family != "normal":
             return self._mixture(model, item, path, element)
         return self._term(model, item.name, path, element)
 
@@ -444,7 +444,9 @@ def tree_programs(draw, scores=True, guided=True, subsampled=False):
         )
 
     def seen():
-        return Seen(f"x{next(names)}", draw(st.sampled_from(["normal", "normal", "mixture"])), draw(st.booleans()))
+        return Seen(
+            f"x{next(names)}", draw(st.sampled_from(["normal", "normal", "mixture", "hidden"])), draw(st.booleans())
+        )
 
     def plate(depth, vectorized):
         named = draw(st.sampled_from([True, True, True, False]))
