@@ -312,8 +312,8 @@ def _require_inside(table: Sequence[Sequence[Term]], plate: str) -> None:
     for term in (t for terms in table for t in terms):
         if term.element is None and bool((term.value != 0).any()):
             raise ValueError(
-                f"{term.role} site '{term.name}' depends on latents of plate '{plate}' and lies outside it, and did not "
-                "at the first look at model and guide; make what depends on what the same in every call"
+                f"{term.role} site '{term.name}' depends on latents of plate '{plate}' and lies outside it, unlike at "
+                "the first look at model and guide; make what depends on what the same in every call"
             )
 
 

@@ -3,8 +3,11 @@
 
 """Plates with particles of their own: the bound, by loops over all particles; and what it reduces to."""
 
+import ast
 import itertools
 import math
+import re
+import warnings
 
 import pyro
 import pyro.distributions as dist
@@ -499,6 +502,25 @@ def test_particles_around_a_minibatch_raise():
         ImportanceWeightedELBO(1, plate_particles={"rows": 4, "columns": 5}).loss(*nested_rows(None, 2))
 
 
+@pytest.mark.parametrize("num_particles", [1, 2])
+@pytest.mark.parametrize(
+    "plate_particles",
+    [None, {"rows": 3}, {"columns": 4}, {"rows": 3, "columns": 4}, "auto"],
+    ids=["none", "rows", "columns", "both", "auto"],
+)
+@pytest.mark.parametrize("shown", [(2, None), (None, 2), (2, 2)])
+def test_what_the_message_says_to_write_can_be_written(shown, plate_particles, num_particles):
+    model, guide = nested_rows(*shown)
+    try:
+        ImportanceWeightedELBO(num_particles, plate_particles=plate_particles).loss(model, guide)
+    except ValueError as error:
+        (advice,) = re.findall(r"plate_particles=({.*?})", str(error))
+        counts = ast.literal_eval(advice.replace("K", "3"))
+        assert any(count > 1 for count in counts.values())
+        assert num_particles == 1 or "num_particles=1, plate_particles" in str(error)
+        ImportanceWeightedELBO(1, plate_particles=counts).loss(model, guide)
+
+
 # Which plates
 
 
@@ -559,6 +581,143 @@ def test_plates_that_nothing_crosses():
     """Latents in both and in each, all unobserved and independent: nothing has to move."""
     weights = ImportanceWeightedELBO(2, plate_particles="auto").log_weights(*crossed(observed=False, both=False))
     assert [child.plates for child in weights.children] == [("items",), ("users",)]
+
+
+def topics(enumerated):
+    """What is seen follows the plate's latent through a coin alone, which is summed out by Pyro or by hand."""
+    x = torch.tensor([1.0, -1.0, 0.5])
+
+    def model():
+        m = pyro.sample("m", dist.Normal(torch.tensor(0.0), 1.0))
+        with pyro.plate("data", 3):
+            p = pyro.sample("p", dist.Beta(torch.tensor(2.0), 2.0))
+            if enumerated:
+                c = pyro.sample("c", dist.Bernoulli(p), infer={"enumerate": "parallel"})
+                pyro.sample("x", dist.Normal(m + 2 * c, 1.0), obs=x)
+            else:
+                sides = [p.log() + dist.Normal(m + 2, 1.0).log_prob(x), (-p).log1p() + dist.Normal(m, 1.0).log_prob(x)]
+                pyro.factor("x", torch.logaddexp(*sides))
+
+    def guide():
+        pyro.sample("m", dist.Normal(pyro.param("a", torch.tensor(0.3)), 0.9))
+        with pyro.plate("data", 3):
+            pyro.sample("p", dist.Beta(pyro.param("b", torch.tensor(1.5)), 1.5))
+
+    return model, guide
+
+
+@pytest.mark.parametrize("vectorize", [None, False])
+@pytest.mark.parametrize("combine", [False, True])
+def test_a_site_that_follows_a_plate_through_an_enumerated_one(vectorize, combine):
+    found = []
+    for enumerated in (True, False):
+        pyro.clear_param_store()
+        options = {"plate_particles": {"data": 5}, "vectorize_particles": vectorize, "combine": combine}
+        elbo = ImportanceWeightedELBO(4, **options)
+        elbo.loss(*topics(enumerated))
+        pyro.set_rng_seed(0)
+        loss = elbo.differentiable_loss(*topics(enumerated))
+        found.append((loss.item(), gradients(loss)))
+    assert found[0][0] == pytest.approx(found[1][0], rel=1e-10)
+    torch.testing.assert_close(found[0][1], found[1][1])
+
+
+@pytest.mark.parametrize("vectorize", [None, False])
+def test_a_coupling_that_is_off_at_first(vectorize):
+    """A site outside the plate that is tied to its latents by a number, which is 0 and then not."""
+    rows = torch.tensor([1.0, -0.5, 0.3, 0.8])
+
+    def model(strength):
+        mu = pyro.sample("mu", dist.Normal(torch.tensor(0.0), 1.0))
+        with pyro.plate("data", 4):
+            z = pyro.sample("z", dist.Normal(mu, 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=rows)
+        total = z.sum(-1, keepdim=z.dim() > 1)
+        pyro.sample("y", dist.Normal(mu + strength * total, 1.0), obs=torch.tensor(50.0))
+
+    def guide(strength):
+        pyro.sample("mu", dist.Normal(torch.tensor(0.1), 0.7))
+        with pyro.plate("data", 4):
+            pyro.sample("z", dist.Normal(rows / 2, 0.7))
+
+    def loss(elbo, strength):
+        elbo.loss(model, guide, strength)
+        pyro.set_rng_seed(3)
+        return elbo.loss(model, guide, strength)
+
+    options = {"plate_particles": {"data": 3}, "vectorize_particles": vectorize}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        used = ImportanceWeightedELBO(2, **options)
+        assert loss(used, 0.0) > 1000.0  # y is 50 standard deviations away
+        assert loss(used, 1.0) == loss(ImportanceWeightedELBO(2, **options), 1.0)
+
+
+@pytest.mark.parametrize("vectorize", [None, False])
+def test_a_latent_drawn_given_one_further_in(vectorize):
+    """When u moves outwards, for y ties all of it, z has to go along: the guide draws u given z."""
+
+    def model():
+        with pyro.plate("g", 2, dim=-1):
+            z = pyro.sample("z", dist.Normal(torch.tensor(0.0), 1.0))
+            with pyro.plate("r", 2, dim=-2):
+                u = pyro.sample("u", dist.Normal(z, 1.0))
+        total = u.sum((-1, -2), keepdim=u.dim() > 2)
+        pyro.sample("y", dist.Normal(total, 1.0), obs=torch.tensor(2.0))
+
+    def guide():
+        with pyro.plate("g", 2, dim=-1):
+            z = pyro.sample("z", dist.Normal(torch.tensor(0.2), 1.1))
+            with pyro.plate("r", 2, dim=-2):
+                pyro.sample("u", dist.Normal(0.9 * z + 0.2, 1.1))
+
+    elbo = ImportanceWeightedELBO(1, plate_particles={"g": 3, "r": 5}, vectorize_particles=vectorize)
+    weights = values(elbo, model, guide, 1500).exp()
+    assert_mean(weights, dist.Normal(0.0, 13**0.5).log_prob(torch.tensor(2.0)).exp())
+
+
+def test_many_plates_side_by_side():
+    count = 14
+
+    def model():
+        mu = pyro.sample("mu", dist.Normal(torch.tensor(0.0), 1.0))
+        for i in range(count):
+            with pyro.plate(f"p{i}", 2):
+                z = pyro.sample(f"z{i}", dist.Normal(mu, 1.0))
+                pyro.sample(f"x{i}", dist.Normal(z, 1.0), obs=torch.zeros(2))
+
+    def guide():
+        pyro.sample("mu", dist.Normal(torch.tensor(0.1), 0.7))
+        for i in range(count):
+            with pyro.plate(f"p{i}", 2):
+                pyro.sample(f"z{i}", dist.Normal(torch.tensor(0.0), 0.7))
+
+    weights = ImportanceWeightedELBO(2, plate_particles="auto").log_weights(model, guide)
+    assert len(weights.children) == count
+
+
+@pytest.mark.parametrize("vectorize", [None, False])
+def test_sites_that_come_and_go_raise(vectorize):
+    def program(observed):
+        b = pyro.sample("b", dist.Bernoulli(torch.tensor(0.5)))
+        with pyro.plate("data", 3):
+            z = pyro.sample("z", dist.Normal(torch.tensor(0.0), 1.0))
+            if observed:
+                pyro.sample("x", dist.Normal(z, 1.0), obs=torch.zeros(3))
+        if bool((b > 0).any()):
+            pyro.sample("extra", dist.Normal(torch.tensor(0.0), 1.0))
+
+    elbo = ImportanceWeightedELBO(2, plate_particles={"data": 3}, vectorize_particles=vectorize)
+    with warnings.catch_warnings(), pytest.raises(ValueError, match=r"the same sites and plates in every run.*leave"):
+        warnings.simplefilter("ignore")
+        for _ in range(5):
+            elbo.loss(lambda: program(True), lambda: program(False))
+
+
+def test_auto_says_where_it_has_no_effect():
+    model, _ = normals()
+    with pytest.warns(UserWarning, match=r"'auto' has no effect.*plates \['data'\].*AutoNormal"):
+        ImportanceWeightedELBO(2, plate_particles="auto").loss(model, AutoMultivariateNormal(model))
 
 
 def by_index():
