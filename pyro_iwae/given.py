@@ -51,6 +51,8 @@ def weigh_at(
     """
     guide, count = call.guide, next(iter(draws.values())).shape[0]
     first = weigh(call, 1, minibatch=minibatch)
+    if not masked:  # what a handler has set is as wide as the plates around it
+        _require_shapes(draws, first)
     sites = {n: s for n, s in latent_sites(first.pairs[0].guide) if settable(s)}
     shaped, run = shaped_draws(call, draws, first, sites), first.structure.run
     values = {n: spread_value(v, sites[n], run) if count > 1 else v for n, v in shaped.items()}
@@ -93,6 +95,19 @@ def _at_enumerated(
     return pairs
 
 
+def _require_shapes(draws: Mapping[str, Tensor], first: Particles) -> None:
+    """Raises where draws are not in the shape of ``ImportanceResampledGuide.sample``."""
+    values, _ = latent_values(first)
+    count = len(next(iter(draws.values())))
+    for name in sorted(draws.keys() & values.keys()):
+        expected, found = (count, *values[name].shape[1:]), tuple(draws[name].shape)
+        if found != expected:
+            raise ValueError(
+                f"expected draws of site '{name}' in shape {expected}, the number of draws in front, got {found}; give "
+                "them as sample() returns them"
+            )
+
+
 def _require_reached(draws: Mapping[str, Tensor], at: Particles) -> None:
     """Raises where the guide cannot draw what it was asked about: a point estimate elsewhere."""
     values, _ = latent_values(at)
@@ -110,10 +125,14 @@ def shaped_draws(
     """Values for latents of the guide at given draws, each ``(draws, *site shape)``.
 
     Raises:
+        ValueError: where one of the model's is missing.
         NotImplementedError: where the guide draws others beside the model's.
     """
     known = {**draws, **auxiliary_values(call.guide, draws)}
     missing = sorted(sites.keys() - known.keys())
+    forgotten = [n for n in missing if n in first.pairs[0].model.nodes]
+    if forgotten:
+        raise ValueError(f"expected draws of every latent of the model, got none for {forgotten}")
     if missing:
         raise NotImplementedError(
             f"expected values for every latent of the guide, got none for {missing}; {type(call.guide).__name__} "

@@ -511,3 +511,30 @@ def test_scale_around_both_is_no_temper(double):
         expected = ask(posterior)
         pyro.set_rng_seed(1)
         torch.testing.assert_close(ask(other), expected)
+
+
+@pytest.mark.parametrize("plate_particles", [None, {"data": 3}])
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        (lambda d: {**d, "mu": d["mu"][:, None]}, r"site 'mu' in shape \(5,\).*got \(5, 1\)"),
+        (lambda d: {**d, "z": d["z"][:, None]}, r"site 'z' in shape \(5, 3\).*got \(5, 1, 3\)"),
+        (lambda d: {**d, "z": d["z"][:2]}, r"site 'z' in shape \(5, 3\).*got \(2, 3\)"),
+        (lambda d: {"mu": d["mu"]}, r"every latent of the model, got none for \['z'\]"),
+    ],
+)
+def test_draws_of_other_shapes_raise(plate_particles, change, problem):
+    def program(observed):
+        mu = pyro.sample("mu", dist.Normal(torch.tensor(0.0), 1.0))
+        with pyro.plate("data", 3):
+            z = pyro.sample("z", dist.Normal(mu, 1.0))
+            if observed:
+                pyro.sample("x", dist.Normal(z, 1.0), obs=torch.zeros(3))
+
+    posterior = ImportanceResampledGuide(
+        lambda: program(True), lambda: program(False), 4, plate_particles=plate_particles
+    )
+    draws = posterior.sample(5)
+    assert posterior.log_density(draws).shape == (5,)
+    with pytest.raises(ValueError, match=problem):
+        posterior.log_density(change(draws))
