@@ -100,8 +100,8 @@ class IndependentPlate:
     """A plate whose elements each get their own log-mean-exp.
 
     ``dim`` is None for a sequential plate (``for i in pyro.plate(...)``), whose elements are told by their counter.
-    A vectorised one is known by its dimension and size, not by its name: latents in plate "za" and data in plate "xa"
-    of the same dimension and size can belong together.
+    A vectorised one is known by its dimension, size and scale, not by its name: latents in plate "za" and data in plate
+    "xa" of the same dimension and size can belong together.
     """
 
     name: str
@@ -114,7 +114,8 @@ class IndependentPlate:
         for frame in site["cond_indep_stack"]:
             if self.dim is None and not frame.vectorized and frame.name == self.name:
                 return frame
-            if frame.vectorized and frame.dim == self.dim and frame_size(frame, site) == self.size:
+            alike = frame.vectorized and frame.dim == self.dim and frame_size(frame, site) == self.size
+            if alike and math.isclose(plate_scale(frame), self.scale):
                 return frame
         return None
 

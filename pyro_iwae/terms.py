@@ -22,7 +22,7 @@ from torch import Tensor
 
 from pyro_iwae.densities import log_prob_of, score_parts_of
 from pyro_iwae.drawn import DrawnDensity
-from pyro_iwae.plates import Layout, Scale, Site, own_scale, plate_scale, same_scale, sample_sites
+from pyro_iwae.plates import Layout, Scale, Site, frame_size, own_scale, plate_scale, same_scale, sample_sites
 from pyro_iwae.traces import Pair
 
 __all__ = [
@@ -213,7 +213,7 @@ def enumerated_dims(pair: Pair) -> dict[str, Any]:
     enum_sites = [s for s in sites if s["infer"].get("_enumerate_dim") is not None]
     if not enum_sites:
         return {}
-    pair.model.symbolize_dims()
+    _symbolize(pair.model)
     symbols = {s["infer"]["_enumerate_symbol"] for s in enum_sites}
     names = {s["name"] for s in enum_sites}
     found = {}
@@ -226,9 +226,27 @@ def enumerated_dims(pair: Pair) -> dict[str, Any]:
     return found
 
 
-def enumerated_groups(pair: Pair) -> list[set[str]]:
-    """The names of the sites that are contracted together, because they share enumerated variables."""
-    factors = enumerated_dims(pair)  # which gives the variables their symbols
+def _symbolize(trace: Trace) -> None:
+    """Names all dimensions; plates whose elements belong together, whatever their names, share a symbol."""
+    trace.symbolize_dims()
+    first: dict[tuple[int, int, float], str] = {}
+    shared = {}
+    for _, site in sample_sites(trace):
+        for frame in site["cond_indep_stack"]:
+            if frame.vectorized:
+                key = frame.dim, frame_size(frame, site), plate_scale(frame)
+                shared[frame.name] = first.setdefault(key, trace.plate_to_symbol[frame.name])
+    trace.symbolize_dims(shared)
+
+
+def enumerated_groups(pair: Pair, factors: Mapping[str, Any] | None = None) -> list[set[str]]:
+    """The names of the sites that are contracted together, because they share enumerated variables.
+
+    Args:
+        pair: the traces.
+        factors: what :func:`enumerated_dims` found, or some of it.
+    """
+    factors = enumerated_dims(pair) if factors is None else factors
     symbols = {
         s["infer"]["_enumerate_symbol"] for _, s in sample_sites(pair.model) if "_enumerate_symbol" in s["infer"]
     }
@@ -249,20 +267,23 @@ def _contracted_terms(pair: Pair, layout: Layout, common: Scale | None, factors:
     """Sums the enumerated sites out: one term for each element of the sequential plates."""
     nodes: Mapping[str, Site] = pair.model.nodes
     plate_symbols = pair.model.plate_to_symbol
-    groups: dict[tuple[int, ...] | None, list[str]] = {}
-    for name in factors:
-        groups.setdefault(layout.element(nodes[name]), []).append(name)
-    if None in groups:
+    groups: dict[tuple[int, tuple[int, ...]], list[str]] = {}
+    outside = [name for name in factors if layout.element(nodes[name]) is None]
+    if outside:
         raise ValueError(
-            f"site '{groups[None][0]}' lies outside the independent plates but depends on an enumerated site inside "
+            f"site '{outside[0]}' lies outside the independent plates but depends on an enumerated site inside "
             f"({', '.join(p.name for p in layout.plates)}); move it into them, or sample that site in the guide"
         )
+    together = enumerated_groups(pair, factors)
+    for name in factors:
+        number = next(i for i, names in enumerate(together) if name in names)
+        groups.setdefault((number, layout.element(nodes[name]) or ()), []).append(name)
     kept = {*layout.dims, *layout.particle_dims}
     enum_symbols = {
         s["infer"]["_enumerate_symbol"] for n, s in sample_sites(pair.model) if "_enumerate_symbol" in s["infer"]
     }
     terms = []
-    for element, names in groups.items():
+    for (_, element), names in groups.items():
         tree: OrderedDict[frozenset[str], list[Tensor]] = OrderedDict()
         frames = {f for n in names for f in nodes[n]["cond_indep_stack"] if f.vectorized}
         for n in names:

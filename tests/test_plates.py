@@ -13,7 +13,7 @@ from pyro import poutine
 from pyro.infer import Trace_ELBO, TraceEnum_ELBO
 
 from pyro_iwae import ImportanceWeightedELBO, exact
-from tests.statistics import assert_mean
+from tests.statistics import assert_mean, assert_same_mean
 
 pytestmark = pytest.mark.usefixtures("double")
 K = 4
@@ -965,3 +965,59 @@ def test_a_markov_chain_of_enumerated_sites():
             alpha = alpha + dist.Normal(z * torch.arange(2.0), 1.0).log_prob(x[t])
         expected = alpha.logsumexp(0) + dist.Normal(0.0, 1.0).log_prob(z) - dist.Normal(0.2, 1.0).log_prob(z)
         close(wide.log_weights[k], expected)
+
+
+# Plates side by side that share a dimension and a size
+
+
+def test_enumerated_sites_of_two_plates_are_summed_out_apart():
+    x, y = torch.tensor([0.3, -1.2, 2.0]), torch.tensor([1.0, 0.5, -0.7])
+
+    def model():
+        with pyro.plate("one", 3):
+            z = pyro.sample("z", dist.Normal(torch.tensor(0.0), 1.0))
+            c = pyro.sample("c", dist.Bernoulli(torch.tensor(0.3)), infer={"enumerate": "parallel"})
+            pyro.sample("x", dist.Normal(z + 2 * c, 1.0), obs=x)
+        with pyro.plate("other", 3):
+            d = pyro.sample("d", dist.Bernoulli(torch.tensor(0.6)), infer={"enumerate": "parallel"})
+            pyro.sample("y", dist.Normal(d - 1.0, 1.0), obs=y)
+
+    def guide():
+        with pyro.plate("one", 3):
+            pyro.sample("z", dist.Normal(torch.tensor(0.0), 1.0))  # the prior: a weight is the likelihood
+
+    def two(weight, data, low, high):
+        low, high = (dist.Normal(loc, 1.0).log_prob(data) for loc in (low, high))
+        return torch.logaddexp(math.log(1 - weight) + low, math.log(weight) + high)
+
+    elbo = ImportanceWeightedELBO(4)
+    elbo.log_weights(model, guide)
+    pyro.set_rng_seed(1)
+    weights = elbo.log_weights(model, guide)
+    pyro.set_rng_seed(1)
+    z = torch.randn(4, 3)
+    expected = two(0.3, x, z, z + 2.0) + two(0.6, y, torch.tensor(-1.0), torch.tensor(0.0))
+    torch.testing.assert_close(weights.log_weights, expected)
+
+
+def both_subsampled(rows):
+    data = {"one": torch.linspace(-1, 2, 10), "other": torch.linspace(-2, 1, 40)}
+
+    def program(observed):
+        for name, x in data.items():
+            with pyro.plate(name, len(x), rows) as i:
+                z = pyro.sample(f"z_{name}", dist.Normal(torch.tensor(0.0), 1.0))
+                if observed:
+                    pyro.sample(f"x_{name}", dist.Normal(z, 1.0), obs=x[i])
+
+    return lambda: program(True), lambda: program(False)
+
+
+def test_plates_that_show_as_many_of_different_numbers_keep_their_scales():
+    """Five of ten and five of forty: no element of one belongs to an element of the other."""
+    with pytest.raises(ValueError, match=r"plate 'one'.*shows 5 of its 10.*plate_particles={'one': K, 'other': K}"):
+        ImportanceWeightedELBO(3).loss(*both_subsampled(5))
+    elbo = ImportanceWeightedELBO(1, plate_particles={"one": 3, "other": 3})
+    pairs = ((both_subsampled(None), 500), (both_subsampled(5), 1500))
+    whole, part = (torch.tensor([elbo.loss(*pair) for _ in range(count)]) for pair, count in pairs)
+    assert_same_mean(part, whole)
