@@ -56,9 +56,9 @@ class Plate:
 
 @dataclass(frozen=True)
 class Fault:
-    """Why latents of plates cannot be weighed apart."""
+    """Why latents cannot be weighed apart: those of one of these kinds have to move outwards."""
 
-    plates: Kind
+    kinds: frozenset[Kind]
     reason: str
 
 
@@ -178,25 +178,24 @@ class Branching:
 
     def find(self) -> tuple[Tree, dict[str, str]]:
         """The tree, and why latents of some plates are weighed jointly with those around them, by plate."""
-        first: Fault | None = None
         tried: set[tuple[tuple[Kind, Chain], ...]] = set()
         order = itertools.count()
-        heap = [(0, 0, next(order), chains) for chains in self._starts()]
+        nothing: dict[Kind, str] = {}
+        heap = [(0, 0, next(order), chains, nothing) for chains in self._starts()]
         while heap:
-            moves, numbers, _, chains = heapq.heappop(heap)
+            moves, numbers, _, chains, reasons = heapq.heappop(heap)
             key = tuple(sorted(chains.items(), key=repr))
             if key in tried:
                 continue
             tried.add(key)
             found = self._grow(chains)
             if not isinstance(found, Fault):
-                return found, self._moved(chains, first)
-            first = found if first is None else first
-            for kind, chain in chains.items():
-                if chain:
-                    size = sum(self.latents[n]["value"].numel() for n, k in self.kinds.items() if k == kind)
-                    further = {**chains, kind: chain[:-1]}
-                    heapq.heappush(heap, (moves + 1, numbers + size, next(order), further))
+                return found, self._moved(chains, reasons)
+            for kind in sorted(found.kinds, key=sorted):
+                size = sum(self.latents[n]["value"].numel() for n, k in self.kinds.items() if k == kind)
+                further = {**chains, kind: chains[kind][:-1]}
+                why = {**reasons, kind: found.reason}
+                heapq.heappush(heap, (moves + 1, numbers + size, next(order), further, why))
         raise AssertionError("a tree of the root alone is always right")
 
     def _starts(self) -> Iterator[dict[Kind, Chain]]:
@@ -222,19 +221,22 @@ class Branching:
             if not any(later > held[i] for i in range(len(held)) for later in held[i + 1 :]):
                 yield names
 
-    def _moved(self, chains: Mapping[Kind, Chain], fault: Fault | None) -> dict[str, str]:
-        moved = {plate for kind, chain in chains.items() for plate in kind - set(chain)}
-        if not moved or fault is None:
-            return {}
-        parts = []
-        for plate in sorted(moved):
-            names = sorted(n for n, kind in self.kinds.items() if plate in kind and plate not in chains[kind])
-            parts.append(f"{names} of plate '{plate}'")
-        message = (
-            f"latents {' and '.join(parts)} are weighed jointly with those outside and have no particles of their own: "
-            f"{fault.reason}"
-        )
-        return dict.fromkeys(sorted(moved), message)
+    def _moved(self, chains: Mapping[Kind, Chain], reasons: Mapping[Kind, str]) -> dict[str, str]:
+        """By plate whose latents have moved outwards: one message for all that moved for one reason."""
+        found: dict[str, str] = {}
+        for reason in dict.fromkeys(reasons.values()):
+            parts = {}
+            for plate in sorted(
+                {p for kind, why in reasons.items() if why == reason for p in kind - set(chains[kind])}
+            ):
+                kinds = [k for k, why in reasons.items() if why == reason and plate in k - set(chains[k])]
+                parts[plate] = f"{sorted(n for n, k in self.kinds.items() if k in kinds)} of plate '{plate}'"
+            message = (
+                f"latents {' and '.join(parts.values())} are weighed jointly with those outside and have no particles "
+                f"of their own: {reason}"
+            )
+            found |= {plate: message for plate in parts if plate not in found}
+        return found
 
     def learn(self, tree: Tree, node: int, name: str) -> bool:
         """Takes it that latents of a node reach a site; whether that is news."""
@@ -263,7 +265,7 @@ class Branching:
             if isinstance(layout, Fault):
                 return layout
             layouts[c] = layout
-        outside = self._outside(homes, layouts)
+        outside = self._outside(chains, homes, layouts)
         if outside is not None:
             return outside
         self._require_combinable(chains, around)
@@ -292,7 +294,7 @@ class Branching:
             inner = homes[label(name, self.latents[name])]
             if inner != chains[kind]:
                 return Fault(
-                    frozenset(inner),
+                    frozenset(k for k, c in chains.items() if c == inner),
                     f"the guide draws site '{name}' given latents of plate '{inner[-1]}', inside which it does not lie",
                 )
         return homes
@@ -303,7 +305,7 @@ class Branching:
             return sorted(n for n, kind in self.kinds.items() if kind in kinds)
 
         return Fault(
-            frozenset((*one, *other)),
+            frozenset(k for k, c in chains.items() if c in (one, other)),
             f"site '{name}' depends on latents {latents(one)} of plate '{one[-1]}' and on {latents(other)} of plate "
             f"'{other[-1]}', neither of which lies inside the other",
         )
@@ -324,7 +326,7 @@ class Branching:
         fault, _ = self.trial.mixing_fault(self.pairs, least, self.run, inside)
         if fault is not None:
             return Fault(
-                frozenset(chain),
+                frozenset(self.kinds[name] for name in inside),
                 f"{fault[0]} site '{fault[1]}' depends on them and lies outside plate '{plate.name}', or mixes its "
                 f"elements; {PUT_INSIDE}",
             )
@@ -339,7 +341,9 @@ class Branching:
         dims = self.run.particle_dims(CHECK_PARTICLES)
         return candidates(self.pairs[0].model, self.pairs[0].guide, dims, holds)
 
-    def _outside(self, homes: Mapping[str, Chain], layouts: Mapping[Chain, Layout]) -> Fault | None:
+    def _outside(
+        self, chains: Mapping[Kind, Chain], homes: Mapping[str, Chain], layouts: Mapping[Chain, Layout]
+    ) -> Fault | None:
         """A site that belongs to a node and does not lie in all of its plates."""
         together = {name for group in enumerated_groups(self.pairs[0]) for name in group}
         for _, name, site in self.pairs[0].sites():
@@ -351,7 +355,7 @@ class Branching:
                         f"site '{name}' is summed out together with sites of plate '{chain[-1]}' and lies outside it; "
                         "sample it in the guide, or move it into the plate"
                     )
-                return Fault(frozenset(chain), reason)
+                return Fault(frozenset(k for k, c in chains.items() if c == chain), reason)
         return None
 
     def _require_combinable(self, chains: Mapping[Kind, Chain], around: Mapping[Chain, set[Chain]]) -> None:

@@ -197,7 +197,8 @@ class ImportanceResampledGuide(Owning):
     ) -> tuple[Particles, Tensor, Callable[[], Tensor]]:
         """Particles at given draws, log p(x, z) there, and their log weights, with fresh companions in plates."""
         at, log_p = weigh_at(call, draws, partial(self._weigh, in_plates=False), minibatch, masked=masked)
-        if self._wanted is None:
+        grown = self._wanted is not None and self._weigh(call, 1, minibatch=at.minibatch).structure.run.tree.grows
+        if not grown:  # all in one node, be it that no plate can have particles of its own
             return at, log_p, lambda: at.weights.log_weights
         return at, log_p, lambda: weigh_among(call, draws, self._weigh, at.minibatch)
 

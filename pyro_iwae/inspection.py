@@ -42,7 +42,7 @@ from pyro_iwae.state import unchanged_state
 from pyro_iwae.structure import Structure
 from pyro_iwae.terms import terms_of
 from pyro_iwae.traces import Pair, require_site_shapes
-from pyro_iwae.tree import PlateParticles
+from pyro_iwae.tree import CHANGING_SITES, PlateParticles
 from pyro_iwae.trial import CHECK_PARTICLES, Trial
 
 __all__ = ["inspect"]
@@ -264,6 +264,11 @@ class _Inspection:
         ]
         if shown or forced:
             return shown, None
+        for name, site in latent_sites(pair.guide) if run.tree.combined else ():
+            home = run.tree.home(site)
+            if any(varies_along(site, run.depth_of(node)) for node in run.tree.path(home)[1:]):
+                plate = run.tree.nodes[home].plate
+                return [], f"guide site '{name}' of plate '{plate}' is drawn anew for each particle further out"
         together = site_values(pairs, None)
         latents = {n: s["value"].detach() for n, s in latent_sites(pair.guide) if settable(s)}
         for place in ({i: 0 for i in nodes}, {i: 1 for i in nodes}, {i: int(i > 0) for i in nodes}):
@@ -298,6 +303,8 @@ class _Inspection:
             return site_values(self.trial.particles(1, narrow, values), None)
 
         found, eps = alone(), self._coarsest(values)
+        if found.keys() != together.keys():
+            raise ValueError(CHANGING_SITES)
         faulty = [k for k, v in found.items() if not roughly_close(v, here(together[k]), eps)]
         if not faulty:
             return None

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -109,6 +109,12 @@ class LogWeights:
         for child in children:
             log_weights = log_weights + child.summed(child.bound(), self.plates)
         return replace(self, log_weights=log_weights, children=tuple(children))
+
+    def nodes(self) -> Iterator[LogWeights]:
+        """This node, and all inside it."""
+        yield self
+        for child in self.children:
+            yield from child.nodes()
 
     def summed(self, per_element: Tensor, plates: Sequence[str]) -> Tensor:
         """Sums a value per element, ``(..., *plates)``, down to the elements of some of the plates; scaled."""

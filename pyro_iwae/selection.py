@@ -21,7 +21,6 @@ from pyro_iwae.handlers import EnclosingPlates, Minibatch
 from pyro_iwae.logweights import LogWeights
 from pyro_iwae.particles import Call, spread_value, stacked_latents, stacked_value, unchanged_enumeration
 from pyro_iwae.plates import PARTICLES, Layout, Site, latent_sites
-from pyro_iwae.reach import Reach
 from pyro_iwae.terms import joint_log_density
 from pyro_iwae.traces import Unmasked
 from pyro_iwae.tree import Tree
@@ -167,7 +166,7 @@ def _draw_enumerated(
 def _score(weights: LogWeights) -> Tensor | None:
     """log q of all particles' score-function sites, by element of the root; None where there are none."""
     found = None
-    for node in (weights, *(reach.node for reach in Reach.of(weights).below())):
+    for node in weights.nodes():
         if node.score is not None:
             value = node.score.sum(list(range(node.score.dim() - len(node.plates))))
             value = replace(node, scale=1.0).summed(value, weights.plates)

@@ -115,7 +115,7 @@ class LogMean(Totals):
 
     @property
     def is_bound(self) -> bool:
-        return self.power == 1.0
+        return self.power == 1.0 or self.count == 1
 
     @property
     def log_sum(self) -> Float[Tensor, "*plates"]:

@@ -14,7 +14,7 @@ from typing import Any
 from pyro_iwae.options import as_count
 from pyro_iwae.plates import Site, label
 
-__all__ = ["CHANGING_SITES", "Node", "PlateParticles", "Tree", "UnknownSite", "combine_problem"]
+__all__ = ["CHANGING_SITES", "Node", "PlateParticles", "Tree", "combine_problem"]
 
 
 @dataclass(frozen=True)
@@ -62,10 +62,6 @@ class PlateParticles:
             )
         counts = {name: as_count(f"plate_particles['{name}']", count) for name, count in option.items()}
         return cls(tuple(sorted(counts.items())), 1, combine) if counts else None
-
-
-class UnknownSite(Exception):
-    """A site that was not there when the tree was made."""
 
 
 @dataclass(frozen=True)
@@ -118,12 +114,16 @@ class Tree:
         return {i for i in range(len(self.nodes)) if node in self.path(i)}
 
     def home(self, site: Site) -> int:
-        """The node that a site belongs to."""
+        """The node that a site belongs to.
+
+        Raises:
+            ValueError: where it was not there when the tree was made.
+        """
         if not self.grows:
             return 0
         name = label(site["name"], site)
         if name not in self.homes:
-            raise UnknownSite(name)
+            raise ValueError(CHANGING_SITES)
         return self.homes[name]
 
     def counts(self, num_particles: int) -> tuple[int, ...]:
@@ -154,6 +154,6 @@ def combine_problem(name: str, plate: str) -> str:
     """What to say of a guide site that is to be drawn once, and depends on what is drawn often."""
     return (
         f"combine=True draws the latents of plate '{plate}' once for all particles further out, but the guide draws "
-        f"site '{name}' given latents outside the plate; write combine=False, or a guide that draws '{name}' "
-        "independently of them"
+        f"site '{name}' given latents outside the plate, or anew for each of these; write combine=False, or a guide "
+        f"that draws '{name}' independently of them"
     )

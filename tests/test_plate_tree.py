@@ -314,13 +314,26 @@ def test_doubly_reparameterized_through_the_tree_has_the_pathwise_mean(given, co
     assert bool(((sticking.mean(0) - pathwise.mean(0)).abs() > 6 * error).any())  # its declared bias is there
 
 
-@pytest.mark.parametrize("objective", [Renyi(0.5), MIWAE(2), Renyi(-0.5)], ids=repr)
-def test_doubly_reparameterized_of_other_objectives_at_the_root(objective):
+@pytest.mark.parametrize(
+    ("objective", "num_particles"),
+    [
+        (Renyi(0.5), 4),
+        (MIWAE(2), 4),
+        (Renyi(-0.5), 4),
+        (None, 1),  # nothing to compare at the root, but inside
+        (Renyi(1.0), 3),
+        (CIWAE(1.0), 3),
+        (MIWAE(3), 3),
+        (Renyi(0.5), 1),
+    ],
+    ids=repr,
+)
+def test_doubly_reparameterized_of_objectives_at_the_root(objective, num_particles):
     model, guide, params = replicated(nested_model, nested_guide, START)
     counts = {"rows": 2, "columns": 2, "others": 3}
     pathwise, double = (
         per_replicate(
-            ImportanceWeightedELBO(4, plate_particles=counts, objective=objective, gradient=gradient),
+            ImportanceWeightedELBO(num_particles, plate_particles=counts, objective=objective, gradient=gradient),
             model,
             guide,
             params,
@@ -403,6 +416,14 @@ def test_score_function_gradients_equal_enumeration(outer, inner):
         assert_mean(elbo.bound(model, guide).detach(), expected_value)
 
 
+def test_doubly_reparameterized_needs_no_score_site_below_whatever_the_root_has():
+    model, guide = normals(families=(dist.Normal, NonreparameterizedNormal))
+    for count in (1, 2):
+        elbo = ImportanceWeightedELBO(count, plate_particles={"data": 3}, gradient=DoublyReparameterized())
+        with pytest.raises(ValueError, match="guide site 'z' depends on 'mu'"):
+            elbo.loss_and_grads(model, guide)
+
+
 def test_what_is_not_derived_raises():
     model, guide = normals(families=(dist.Normal, NonreparameterizedNormal))
     for objective in (Renyi(0.5), MIWAE(2), CIWAE(0.5)):
@@ -430,6 +451,8 @@ def test_the_mean_over_minibatches_is_the_bound_of_all_rows():
     assert_same_mean(part, whole)
     whole, part = (gradients_of(elbo, *normals(rows), 1500) for rows in (None, 2))
     assert_same_mean(part, whole)
+    double = ImportanceWeightedELBO(1, plate_particles={"data": 5}, gradient=DoublyReparameterized())
+    assert_same_mean(gradients_of(double, *normals(2), 1500), whole)
 
 
 def gradients_of(elbo, model, guide, draws):
@@ -696,10 +719,37 @@ def test_many_plates_side_by_side():
     assert len(weights.children) == count
 
 
+def test_many_plates_whose_rows_belong_by_an_index():
+    """All have to move outwards; no choice, so no search among subsets; each with the site that is at fault."""
+    count = 16
+    which = torch.tensor([0, 1, 1])
+
+    def model():
+        mu = pyro.sample("mu", dist.Normal(torch.tensor(0.0), 1.0))
+        for i in range(count):
+            with pyro.plate(f"p{i}", 2):
+                z = pyro.sample(f"z{i}", dist.Normal(mu, 1.0))
+            with pyro.plate(f"rows{i}", 3):
+                pyro.sample(f"x{i}", dist.Normal(z[..., which], 1.0), obs=torch.zeros(3))
+
+    def guide():
+        pyro.sample("mu", dist.Normal(torch.tensor(0.1), 0.7))
+        for i in range(count):
+            with pyro.plate(f"p{i}", 2):
+                pyro.sample(f"z{i}", dist.Normal(torch.tensor(0.0), 0.7))
+
+    with pytest.warns(UserWarning) as caught:
+        weights = ImportanceWeightedELBO(2, plate_particles="auto").log_weights(model, guide)
+    assert weights.children == ()
+    messages = [str(w.message) for w in caught]
+    assert all(any(f"['z{i}'] of plate 'p{i}'" in m and f"'x{i}'" in m for m in messages) for i in range(count))
+
+
 @pytest.mark.parametrize("vectorize", [None, False])
-def test_sites_that_come_and_go_raise(vectorize):
+@pytest.mark.parametrize("chance", [0.5, 0.05])
+def test_sites_that_come_and_go_raise(vectorize, chance):
     def program(observed):
-        b = pyro.sample("b", dist.Bernoulli(torch.tensor(0.5)))
+        b = pyro.sample("b", dist.Bernoulli(torch.tensor(chance)))
         with pyro.plate("data", 3):
             z = pyro.sample("z", dist.Normal(torch.tensor(0.0), 1.0))
             if observed:
@@ -710,8 +760,9 @@ def test_sites_that_come_and_go_raise(vectorize):
     elbo = ImportanceWeightedELBO(2, plate_particles={"data": 3}, vectorize_particles=vectorize)
     with warnings.catch_warnings(), pytest.raises(ValueError, match=r"the same sites and plates in every run.*leave"):
         warnings.simplefilter("ignore")
-        for _ in range(5):
-            elbo.loss(lambda: program(True), lambda: program(False))
+        model, guide = (lambda: program(True)), (lambda: program(False))
+        for _ in range(300):
+            elbo.loss(model, guide)
 
 
 def test_auto_says_where_it_has_no_effect():
@@ -955,6 +1006,33 @@ def test_the_interval_holds_the_elbo_of_the_posterior():
     assert interval.upper - interval.lower < 0.05
     bound = values(ImportanceWeightedELBO(2, plate_particles={"data": 2}), model, guide, 3000)
     assert exact > bound.mean() + 5 * bound.std() / len(bound) ** 0.5  # strictly above, as it must be
+
+
+@pytest.mark.parametrize("joint", [False, True], ids=["by index", "joint guide"])
+def test_a_posterior_whose_plates_have_no_particles_after_all(joint):
+    """As many draws as the plate has elements, which could be taken for these."""
+    model, _, guide = by_index()
+    options = {"plate_particles": {"county": 4}}
+    if joint:
+        guide, options = AutoMultivariateNormal(model), {"plate_particles": "auto"}
+        guide()
+    found = []
+    for plate_particles in (options, {}):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            posterior = ImportanceResampledGuide(model, guide, 3, **plate_particles)
+            posterior()
+            pyro.set_rng_seed(1)
+            draws = posterior.sample(3)
+            density = [posterior.log_density(draws, num_batches=20).exp() for _ in range(100)]
+            interval = posterior.elbo_interval(num_batches=4, num_replicates=4)
+            handled = poutine.condition(posterior, {n: v[0] for n, v in draws.items()})
+            poutine.trace(handled).get_trace()
+        assert interval.lower.isfinite() and interval.upper.isfinite()
+        found.append((draws, torch.stack(density)))
+    (draws, density), (same, plain) = found
+    assert all(bool((draws[n] == same[n]).all()) for n in draws)
+    assert_same_mean(density, plain)
 
 
 @pytest.mark.parametrize("row", [0, 5])

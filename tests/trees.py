@@ -467,7 +467,7 @@ def tree_programs(draw, scores=True, guided=True, subsampled=False):
             None if sequential else depth - 3,
             count,
             tuple(latents),
-            tuple(seen() for _ in range(draw(st.sampled_from([0, 1])))),
+            tuple(seen() for _ in range(draw(st.sampled_from([0, 1] if latents or inner else [1])))),
             tuple(inner),
         )
 

@@ -82,8 +82,8 @@ class Coefficients:
         """
         if self.log_q is not None or (self.path is not self.model and self.share is None):
             raise NotImplementedError(
-                "plate_particles has no such gradient for an objective with another part for the guide; write "
-                "objective=None"
+                "plate_particles has no such gradient for an objective with another part for the guide, or with slopes "
+                "that may be negative; write objective=None"
             )
         root = Reach.of(weights, slope=self.model, share=self.share)
         surrogate = weights.log_weights.new_zeros(weights.log_weights.shape[1:])

@@ -54,7 +54,8 @@ class DoublyReparameterized(PathGradient):
         """
         model, guide = totals.slope(weights.log_weights), totals.guide
         slope = model if guide is totals else guide.slope(weights.log_weights)
-        if guide.count == 1 or guide.linear or weights.cut is None:  # what log q's own dependence gives has mean zero
+        alone = guide.count == 1 or guide.linear  # what log q's own dependence gives at the root has mean zero
+        if weights.cut is None or (alone and not weights.children):
             return Coefficients(model=model, path=slope, log_q=None, score=slope)
         if weights.cut.downstream is not None:
             site, below = weights.cut.downstream

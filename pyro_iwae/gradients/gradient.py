@@ -91,7 +91,8 @@ class ScoreGradient(Gradient):
             surrogate = surrogate + (advantage * weights.score).sum(0)
             if objective.count == 1:
                 surrogate = surrogate + (objective.slope(weights.log_weights) * weights.score_log_q).sum(0)
-        for reach in Reach.of(weights).below() if _scored_inside(weights) else ():
+        scored = any(node.score is not None for node in weights.nodes() if node is not weights)
+        for reach in Reach.of(weights).below() if scored else ():
             node = reach.node
             if node.score is not None and node.score_log_q is not None:
                 _require_bound(totals)
@@ -115,10 +116,6 @@ class ScoreGradient(Gradient):
         alone = log_left == -math.inf  # no control then: it must not depend on the particle
         advantage = torch.where(alone, reach.value.nan_to_num(neginf=0.0), reach.scale * advantage)
         return advantage * score
-
-
-def _scored_inside(weights: LogWeights) -> bool:
-    return any(child.score is not None or _scored_inside(child) for child in weights.children)
 
 
 def _require_bound(totals: Totals) -> None:
