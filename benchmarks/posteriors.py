@@ -268,13 +268,16 @@ def shift(result, label):
     return max(means), min(stds), max(stds)
 
 
-def z_scores(result):
+def z_scores(result, batches):
     """Differences from NUTS over their standard errors."""
     ours, nuts = result["corrected"], result["NUTS"]
     found = []
     for i, name in enumerate(result["names"]):
         for part in ("mean",) if name.startswith("side") else ("mean", "std"):
             error = math.hypot(ours[f"{part} error"][i], nuts[f"{part} error"][i])
+            if name.startswith("side"):  # as often 0 as not: what was drawn says little of how rare it is
+                chance = nuts["mean"][i]
+                error = math.hypot(error, math.sqrt(chance * (1 - chance) / (result["ESS at the root"] * batches)))
             found.append((ours[part][i] - nuts[part][i]) / error)
     return found
 
@@ -294,7 +297,7 @@ def table(results, settings):
     for r in results:
         parts = [shift(r, label) for label in ("Trace_ELBO", "guide", "corrected")]
         cells = [f"{mean:.2f}, {low:.2f} to {high:.2f}" for mean, low, high in parts]
-        z = [abs(v) for v in z_scores(r)]
+        z = [abs(v) for v in z_scores(r, settings["settings"]["batches"])]
         usual = torch.distributions.Normal(0.0, 1.0).icdf(torch.tensor(1 - 0.025 / len(z))).item()
         cells += [f"{max(z):.1f} (usual {usual:.1f})", f"{r['ESS at the root']:.0f} of {r['particles']}"]
         cells += [", ".join(f"{v:.0f}" for v in r["seconds"].values())]

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from pyro import poutine
 from pyro.distributions.testing.fakes import NonreparameterizedNormal
 from pyro.infer import SVI, Trace_ELBO, TraceTMC_ELBO
-from pyro.infer.autoguide import AutoMultivariateNormal, AutoNormal
+from pyro.infer.autoguide import AutoMultivariateNormal, AutoNormal, AutoNormalMessenger
 from pyro.infer.enum import config_enumerate
 from pyro.optim import ClippedAdam
 
@@ -76,6 +76,12 @@ def test_value_and_gradient_equal_loops_over_particles(program, vectorize, num_p
 @FEWER
 def test_combinations_equal_loops_over_combinations(program, vectorize, num_particles, score):
     check(program, vectorize, num_particles, score, combine=bool(program.plate_particles))
+
+
+@given(tree_programs(subsampled=True), st.sampled_from([None, False]))
+@settings(max_examples=max(1, settings().max_examples // 4))
+def test_minibatches_equal_loops_over_particles(program, vectorize):
+    check(program, vectorize, 1, "balanced", combine=False)
 
 
 def check(program, vectorize, num_particles, score, combine):
@@ -234,6 +240,19 @@ def test_combinations_are_those_of_tensor_monte_carlo():
         found.append((loss.item(), gradients(loss)))
     assert found[0][0] == pytest.approx(found[1][0], rel=1e-10)
     torch.testing.assert_close(found[0][1], found[1][1])
+
+
+def test_combinations_need_draws_that_are_made_once():
+    """A guide messenger draws in the model's shapes, which has a particle of z for each of mu in one pass."""
+    model, _ = normals()
+    guide = AutoNormalMessenger(model)
+    elbo = ImportanceWeightedELBO(3, plate_particles={"data": 4}, combine=True)
+    with pytest.warns(UserWarning, match=r"one after the other, because guide site 'z' of plate 'data' is drawn anew"):
+        assert math.isfinite(elbo.loss(model, guide))
+    with pytest.raises(ValueError, match=r"site 'z'.*or anew for each"):
+        ImportanceWeightedELBO(3, plate_particles={"data": 4}, combine=True, vectorize_particles=True).loss(
+            model, guide
+        )
 
 
 def test_combinations_cost_no_more_than_the_largest_factor():

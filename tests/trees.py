@@ -429,10 +429,14 @@ class Reference:
 
 
 @st.composite
-def tree_programs(draw, scores=True, guided=True, subsampled=False):
-    """Up to three named plates and one unnamed, nested or side by side."""
+def tree_programs(draw, guided=True, subsampled=False):
+    """Up to three named plates and one unnamed, nested or side by side.
+
+    With minibatches what is around them has one particle, and all sites are reparameterised: the control of a site that
+    is not may then differ by what no latent reaches.
+    """
     counts = iter(COUNTS[1:])
-    families = ["normal", "normal", "detached", "coin"] if scores else ["normal"]
+    families = ["normal"] if subsampled else ["normal", "normal", "detached", "coin"]
     names = itertools.count()
 
     def latent(prefix):
@@ -458,17 +462,22 @@ def tree_programs(draw, scores=True, guided=True, subsampled=False):
                 plate(depth + 1, not sequential)
                 for _ in range(draw(st.sampled_from([0, 0, 1, 2 if depth == 0 else 1])))
             ]
+        size = draw(st.sampled_from([1, 2, 3]))
+        shown = draw(st.integers(1, size)) if subsampled and not sequential else None
+        if count and any(p.shown and p.shown < p.size for plate in inner for p in (plate, *plate.below())):
+            count = 1
         latents = [
             latent("z") for _ in range(draw(st.sampled_from([1, 1, 2])) if count else draw(st.sampled_from([0, 1])))
         ]
         return Plate(
             f"P{next(names)}",
-            draw(st.sampled_from([1, 2, 3])),
+            size,
             None if sequential else depth - 3,
             count,
             tuple(latents),
             tuple(seen() for _ in range(draw(st.sampled_from([0, 1] if latents or inner else [1])))),
             tuple(inner),
+            shown,
         )
 
     plates = [plate(0, True) for _ in range(draw(st.sampled_from([1, 1, 2])))]
