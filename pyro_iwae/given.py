@@ -125,14 +125,16 @@ def shaped_draws(
     """Values for latents of the guide at given draws, each ``(draws, *site shape)``.
 
     Raises:
-        ValueError: where one of the model's is missing.
-        NotImplementedError: where the guide draws others beside the model's.
+        NotImplementedError: where a latent of the model is missing, or the guide draws others beside these.
     """
     known = {**draws, **auxiliary_values(call.guide, draws)}
     missing = sorted(sites.keys() - known.keys())
     forgotten = [n for n in missing if n in first.pairs[0].model.nodes]
     if forgotten:
-        raise ValueError(f"expected draws of every latent of the model, got none for {forgotten}")
+        raise NotImplementedError(
+            f"expected draws of every latent of the model, got none for {forgotten}: the density of the others alone is "
+            "not known"
+        )
     if missing:
         raise NotImplementedError(
             f"expected values for every latent of the guide, got none for {missing}; {type(call.guide).__name__} "
