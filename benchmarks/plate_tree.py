@@ -20,6 +20,7 @@ import numpy as np
 import pyro
 import pyro.distributions as dist
 import torch
+from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
 from pyro.infer import RenyiELBO, TraceTMC_ELBO
 from pyro.infer.enum import config_enumerate
 from support import arguments, keep, provenance, spread, surroundings
@@ -162,6 +163,9 @@ def picture(rows):
         for axis in (left, right):
             axis.set(xscale="log", yscale="log", title=f"{size} rows")
             axis.grid(alpha=0.3)
+        right.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+        right.xaxis.set_major_formatter(ScalarFormatter())
+        right.xaxis.set_minor_formatter(NullFormatter())
     axes[0][0].legend(fontsize="small")
     return figure
 

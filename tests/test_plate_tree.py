@@ -227,9 +227,30 @@ def chain():
     return model, guide
 
 
-def test_combinations_are_those_of_tensor_monte_carlo():
+def side_by_side():
+    """Two plates below one latent."""
+
+    def model():
+        g = pyro.sample("g", dist.Normal(torch.tensor(0.0), 1.0))
+        for name, size in (("rows", 3), ("columns", 4)):
+            with pyro.plate(name, size):
+                z = pyro.sample(f"z_{name}", dist.Normal(g, 1.0))
+                pyro.sample(f"x_{name}", dist.Normal(z, 1.0), obs=torch.arange(float(size)) / 2)
+
+    def guide():
+        a, s = pyro.param("a", torch.tensor(0.3)), pyro.param("s", torch.tensor(0.9))
+        pyro.sample("g", dist.Normal(a, s))
+        for name, size in (("rows", 3), ("columns", 4)):
+            with pyro.plate(name, size):
+                pyro.sample(f"z_{name}", dist.Normal(torch.arange(float(size)) / 4 + a, s))
+
+    return model, guide
+
+
+@pytest.mark.parametrize("programs", [chain, side_by_side])
+def test_combinations_are_those_of_tensor_monte_carlo(programs):
     """On the same draws, value and gradient: Pyro contracts its factors by pyro.ops, the tree from leaves to root."""
-    model, guide = chain()
+    model, guide = programs()
     tree = ImportanceWeightedELBO(4, plate_particles={"rows": 4, "columns": 4}, combine=True)
     tree.loss(model, guide)
     sampled = config_enumerate(guide, default="parallel", num_samples=4, expand=False)
