@@ -132,8 +132,8 @@ def shaped_draws(
     forgotten = [n for n in missing if n in first.pairs[0].model.nodes]
     if forgotten:
         raise NotImplementedError(
-            f"expected draws of every latent of the model, got none for {forgotten}: the density of the others alone is "
-            "not known"
+            f"expected draws of every latent of the model, got none for {forgotten}: the density of the others alone "
+            "is not known"
         )
     if missing:
         raise NotImplementedError(
