@@ -61,8 +61,8 @@ class Plate:
 
     @property
     def key(self):
-        """Vectorised plates of one dimension and size are one: their elements can belong together."""
-        return self.name if self.dim is None else (self.dim, self.elements)
+        """Vectorised plates of one dimension, size and scale are one: their elements can belong together."""
+        return self.name if self.dim is None else (self.dim, self.elements, self.size)
 
     def all_latents(self):
         return [*self.latents, *(latent for plate in self.inner for latent in plate.all_latents())]
