@@ -18,6 +18,7 @@ from pyro.distributions.transforms import LeakyReLUTransform, Permute
 from torch import Tensor
 from torch.distributions import AffineTransform, TransformedDistribution
 
+from pyro_iwae.decisions import holds
 from pyro_iwae.flows import flow_of, layers_of
 from pyro_iwae.plates import Site
 
@@ -47,22 +48,22 @@ def _edges(fn: Any) -> list[Tensor]:
             edges.append(torch.zeros(()))
         if isinstance(getattr(layer, "T", None), LeakyReLUTransform):  # NeuralAutoregressive: inside a network
             edges.append(torch.zeros((), requires_grad=True))
-    return [edge for edge in edges if bool(edge.isfinite().all())]
+    return [edge for edge in edges if holds(edge.isfinite().all())]
 
 
 def _pushed(edges: list[Tensor], layer: Any) -> Iterator[Tensor]:
     """The edges after a transform; without a graph where no parameter moves them."""
     for edge in edges:
         if layer.domain.event_dim > 0:  # one number is no event; a layer that mixes numbers mixes their edges
-            if bool(edge.isfinite().all()):
+            if holds(edge.isfinite().all()):
                 yield edge if isinstance(layer, Permute) else torch.zeros((), requires_grad=True)
             continue
         image = layer(edge)
-        if isinstance(layer, AffineTransform) and not _moves(edge) and not _moves(layer.loc) and not bool(edge.any()):
+        if isinstance(layer, AffineTransform) and not _moves(edge) and not _moves(layer.loc) and not holds(edge.any()):
             yield image.detach()  # 0 stays where it is under every scale
             continue
-        fixed = any(limit is not None and bool((image == limit).all()) for limit in _bounds(layer.codomain))
-        yield image.detach() if fixed or not bool(image.isfinite().all()) else image
+        fixed = any(limit is not None and holds((image == limit).all()) for limit in _bounds(layer.codomain))
+        yield image.detach() if fixed or not holds(image.isfinite().all()) else image
 
 
 def _moves(place: Any) -> bool:

@@ -17,6 +17,7 @@ from pyro.poutine import Trace
 from torch import Tensor
 
 from pyro_iwae.backward import weigh_drawn
+from pyro_iwae.compiled import CompiledSteps, handed_out
 from pyro_iwae.gradients import OVIS, Coefficients, PathGradient, Pathwise, SampledBackward, ScoreGradient
 from pyro_iwae.logweights import LogWeights
 from pyro_iwae.objectives import Objective
@@ -82,6 +83,12 @@ class ImportanceWeightedELBO(ELBO):
             :class:`StickTheLanding`, :class:`DoublyReparameterized`, :class:`SampledBackward`.
         score: estimator for the other guide sites, :class:`OVIS` or :class:`VIMCO`; None is :class:`OVIS`, which
             measures better (for a coin, 9 times less noise with 5 particles and 200 times with 100).
+        compile: records loss and gradient once as a graph of tensor operations, compiles it (where there is a C++
+            compiler) and runs that from then on, with fresh random numbers at each step. For models of static
+            structure. A recording reads parameters and the tensors among the arguments anew; Python's numbers are
+            frozen as they were. It is made anew where arguments have another shape, dtype or device, where those
+            that are no tensors differ, and where model, guide or their parameters are other objects. Every thousandth
+            step is compared with a step of model and guide.
 
     Raises:
         TypeError: where an option has the wrong type.
@@ -120,6 +127,7 @@ class ImportanceWeightedELBO(ELBO):
         objective: Objective | None = None,
         gradient: PathGradient | None = None,
         score: ScoreGradient | None = None,
+        compile: bool = False,
     ) -> None:
         super().__init__(
             num_particles=as_count("num_particles", num_particles),
@@ -143,7 +151,9 @@ class ImportanceWeightedELBO(ELBO):
         self.objective = objective
         self.gradient = Pathwise() if gradient is None else gradient
         self.score = OVIS() if score is None else score
+        self.compile = compile
         self._structures = StructureCache()
+        self._recorded = CompiledSteps(self._step)
         if objective is not None:
             objective.totals(torch.zeros(self.num_particles))  # does K suit it?
 
@@ -192,9 +202,14 @@ class ImportanceWeightedELBO(ELBO):
 
     def differentiable_loss(self, model: Program, guide: Program, *args: Any, **kwargs: Any) -> Tensor:
         """The loss as a scalar tensor whose ``backward()`` gives the gradient estimate."""
+        call = Call(model, guide, args, kwargs)
+        if self.compile and torch.is_grad_enabled():
+            result = self._recorded.step(call, self._options)
+            if result is not None:
+                return handed_out(result)
         if self._is_pyros:
             return self._single("differentiable_loss", model, guide, args, kwargs)
-        return self._step(model, guide, args, kwargs)[1]
+        return self._step(call)[1]
 
     def loss_and_grads(self, model: Program, guide: Program, *args: Any, **kwargs: Any) -> float:
         """The loss, in nats; adds the gradient estimate to the ``grad`` of every parameter.
@@ -202,9 +217,14 @@ class ImportanceWeightedELBO(ELBO):
         Raises:
             ValueError: also where a parameter's gradient comes out as NaN because a site's log density is -inf.
         """
+        call = Call(model, guide, args, kwargs)
+        if self.compile and torch.is_grad_enabled():
+            result = self._recorded.step(call, self._options)
+            if result is not None:
+                return result.accumulated()
         if self._is_pyros:
             return float(self._single("loss_and_grads", model, guide, args, kwargs))
-        particles, loss = self._step(model, guide, args, kwargs)
+        particles, loss = self._step(call)
         if loss.requires_grad:
             loss.backward(retain_graph=self.retain_graph)
             _refuse_nan_gradients(particles)
@@ -238,9 +258,20 @@ class ImportanceWeightedELBO(ELBO):
     def _totals(self, weights: LogWeights) -> Totals:
         return weights.totals() if self.objective is None else self.objective.totals(weights.log_weights)
 
-    def _step(self, model: Program, guide: Program, args: Any, kwargs: Any) -> tuple[Particles, Tensor]:
+    def recapture(self) -> None:
+        """Has steps recorded anew (``compile=True``): after a change of what a recording takes for granted."""
+        self._recorded.recapture()
+
+    @property
+    def _options(self) -> tuple[Any, ...]:
+        """What a recording depends on beside model, guide and arguments."""
+        plates = repr(self.plate_particles)
+        own = (self.num_particles, plates, self.combine, self.vectorize_particles, self.max_plate_nesting)
+        return (*own, self.objective, self.gradient, self.score)
+
+    def _step(self, call: Call) -> tuple[Particles, Tensor]:
         """K particles, and the loss: value of the objective, gradient of the surrogates."""
-        call, gradient = Call(model, guide, args, kwargs), self.gradient
+        gradient = self.gradient
         if not torch.is_grad_enabled():
             particles = self._draw(call)
             return particles, -particles.weights.total(self._totals(particles.weights).value)

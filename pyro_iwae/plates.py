@@ -22,6 +22,8 @@ from pyro.poutine.indep_messenger import CondIndepStackFrame
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
+from pyro_iwae.decisions import holds
+
 __all__ = [
     "IndependentPlate",
     "Layout",
@@ -78,7 +80,7 @@ def same_scale(a: Scale, b: Scale) -> bool:
         if a is b:
             return True
         a, b = torch.as_tensor(a), torch.as_tensor(b)
-        return a.shape == b.shape and bool(torch.isclose(a, b.to(a), rtol=1e-6).all())
+        return a.shape == b.shape and holds(torch.isclose(a, b.to(a), rtol=1e-6).all())
     return math.isclose(a, b, rel_tol=1e-9)
 
 

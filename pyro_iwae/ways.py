@@ -17,6 +17,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from pyro_iwae.decisions import holds
+
 __all__ = ["Ways"]
 
 
@@ -110,10 +112,13 @@ class Ways:
 
     def require_unmasked(self, slopes: Sequence[Tensor]) -> None:
         """Raises where a value whose log q is masked has a slope nevertheless."""
-        largest = max((float(slope.abs().max()) for slope in slopes if slope.numel()), default=0.0)
+        sizes = [slope.abs().max() for slope in slopes if slope.numel()]
+        if not sizes or all(mask is None for mask in self.masks):
+            return
+        largest = torch.stack(sizes).max()
         for name, slope, mask in zip(self.names, slopes, self.masks, strict=True):
             rounding = 1e2 * torch.finfo(slope.dtype).eps * largest
-            if mask is not None and bool((torch.where(mask, 0.0, slope).abs() > rounding).any()):
+            if mask is not None and not holds((torch.where(mask, 0.0, slope).abs() <= rounding).all()):
                 raise ValueError(
                     f"DoublyReparameterized needs the log q of every value that reaches the weights; guide site "
                     f"'{name}' is masked there and reaches them nevertheless. Mask in the model what depends on it, "

@@ -18,6 +18,7 @@ import torch
 from pyro.poutine.indep_messenger import CondIndepStackFrame
 from torch import Tensor
 
+from pyro_iwae.decisions import holds
 from pyro_iwae.densities import infinity_message, nan_message, varies_along
 from pyro_iwae.drawn import settable
 from pyro_iwae.handlers import Minibatch
@@ -310,7 +311,7 @@ def weigh(
 def _require_inside(table: Sequence[Sequence[Term]], plate: str) -> None:
     """Raises where a site belongs to a plate's particles and lies outside: there is no place for its term."""
     for term in (t for terms in table for t in terms):
-        if term.element is None and bool((term.value != 0).any()):
+        if term.element is None and not holds((term.value == 0).all()):
             raise ValueError(
                 f"{term.role} site '{term.name}' depends on latents of plate '{plate}' and lies outside it, unlike at "
                 "the first look at model and guide; make what depends on what the same in every call"
@@ -449,7 +450,7 @@ def constants_of(tables: Sequence[Sequence[Term]]) -> dict[tuple[str, ...], Tens
                 value = term.value.mean(0) / len(tables)
                 constants[term.plates] = constants[term.plates] + value if term.plates in constants else value
     for plates, value in constants.items():
-        if not bool((value < math.inf).all()):
+        if not holds((value < math.inf).all()):
             names = sorted({t.name for t in tables[0] if t.element is None and t.plates == plates})
             raise ValueError(f"log density is NaN or +inf at one of the sites {names}; look at the data and parameters")
     return constants
@@ -459,8 +460,8 @@ def _explain_infinite(weights: LogWeights, tables: Sequence[Sequence[Term]]) -> 
     """Raises on NaN and +inf with the site's name; warns where every particle of an element is impossible."""
     if weights.log_weights.numel() == 0:
         return
-    lowest, highest = torch.aminmax(weights.log_weights)  # NaN if any is
-    if bool(lowest > -math.inf) and bool(highest < math.inf):
+    largest = weights.log_weights.detach().amax(0)  # NaN if any is
+    if holds(((largest > -math.inf) & (largest < math.inf)).all()):
         return
     terms = [t for table in tables for t in table]
     for term in terms:

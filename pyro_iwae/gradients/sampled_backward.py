@@ -19,6 +19,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from pyro_iwae.decisions import is_recording
 from pyro_iwae.gradients.coefficients import Coefficients
 from pyro_iwae.gradients.doubly_reparameterized import DoublyReparameterized
 from pyro_iwae.gradients.gradient import PathGradient
@@ -128,6 +129,6 @@ def _systematic(masses: Tensor, draws: int) -> tuple[Tensor, Tensor]:
     repeated = torch.zeros_like(index, dtype=torch.bool)
     repeated[1:] = index[1:] == index[:-1]
     order = repeated.to(torch.uint8).argsort(dim=0, stable=True)  # what is drawn again comes last
-    most = int((~repeated).sum(0).max())
+    most = draws if is_recording() else int((~repeated).sum(0).max())
     count = count.masked_fill(repeated, 0.0)
     return index.gather(0, order)[:most], count.gather(0, order)[:most]

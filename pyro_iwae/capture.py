@@ -1,0 +1,172 @@
+# Copyright Contributors to the pyro_iwae project.
+# SPDX-License-Identifier: Apache-2.0
+
+"""A function of tensors recorded as one graph of tensor operations, and compiled.
+
+All that Python does on the way (effect handlers, checks, the model's own code) happens once, when the graph is
+recorded. Random numbers are operations of the graph: they come from torch's generator, in the same order.
+"""
+
+from __future__ import annotations
+
+import traceback
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyro
+import torch
+from torch import Tensor
+from torch.fx import GraphModule
+from torch.fx.experimental.proxy_tensor import get_proxy_mode, make_fx
+from torch.overrides import TorchFunctionMode
+
+__all__ = ["Graph", "capture"]
+
+Run = Callable[..., Sequence[Tensor]]
+# Random numbers come from torch's own generator, in the order of the program: seeded runs are those of eager runs.
+OPTIONS = {"fallback_random": True, "reorder_for_peak_memory": False, "reorder_for_locality": False}
+
+
+@dataclass
+class Graph:
+    """A recorded function.
+
+    Attributes:
+        module: the graph.
+        inputs: the tensors it was recorded with, then those that it found elsewhere (in closures and modules), which
+            are inputs too: it reads them anew at each call.
+        compiled: runs it; the graph itself where it could not be compiled.
+    """
+
+    module: GraphModule
+    inputs: list[Tensor]
+    compiled: Run | None = None
+
+    @classmethod
+    def empty(cls) -> Graph:
+        """A graph that does nothing."""
+        return cls(GraphModule({}, torch.fx.Graph()), [])
+
+    def __call__(self, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
+        """Runs the graph on as many tensors as it was recorded with, in place of these."""
+        run = self.module if self.compiled is None else self.compiled
+        return run(*tensors, *[t.detach() for t in self.inputs[len(tensors) :]])
+
+    def compile(self, tensors: Sequence[Tensor]) -> None:
+        """Compiles the graph; where that fails (no C++ compiler, say), it warns and leaves the graph as it is."""
+        inputs = [*tensors, *[t.detach() for t in self.inputs[len(tensors) :]]]
+        try:
+            import torch._inductor as inductor
+
+            with torch.no_grad(), warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # of the compiler's own doings
+                self.compiled = inductor.compile(self.module, inputs, options=OPTIONS)
+        except Exception as error:  # whatever the compiler and its tools raise
+            reason = next((line for line in str(error).splitlines() if line.strip()), "")
+            warnings.warn(
+                f"the step was recorded and not compiled, because of {type(error).__name__}: {reason}. It runs as a "
+                "graph of single operations, which is right and slower. Is there a C++ compiler (g++ or clang++)?",
+                UserWarning,
+                stacklevel=2,
+            )
+
+
+def capture(function: Callable[[], Sequence[Tensor]], inputs: Sequence[Tensor]) -> Graph:
+    """Records a function that reads tensors.
+
+    It is run once, for real. Put random generators and buffers back afterwards.
+
+    Args:
+        function: what to record; it returns tensors.
+        inputs: tensors that may be others when the graph is run. They are told by identity.
+
+    Raises:
+        NotImplementedError: where the function's course depends on numbers in tensors, naming the line.
+    """
+    try:
+        with pyro.validation_enabled(False), _NoNumbers():
+            module = make_fx(lambda *_: list(function()))(*inputs)
+    except (RuntimeError, _ReadError) as error:
+        if not isinstance(error, _ReadError) and "get value out of a tracing tensor" not in str(error):
+            raise
+        raise NotImplementedError(
+            f"compile=True records one step, and its course may not depend on numbers in tensors; {_place(error)} reads "
+            "one (if, while, float(), int(), .item(), .tolist(), .numpy(), validate_args=True). Write torch.where, "
+            "masks or enumeration instead, pass what is no parameter as a Python number, or write compile=False"
+        ) from error
+    found = _lift(module)
+    _own_outputs(module)
+    module.graph.eliminate_dead_code()
+    module.recompile()
+    return Graph(module, [*inputs, *found])
+
+
+def _own_outputs(module: GraphModule) -> None:
+    """Gives each output a storage of its own: a gradient may be a view of the data, or of another gradient."""
+    (output,) = [n for n in module.graph.nodes if n.op == "output"]
+    taken, owned = set[Any](), []
+    for node in output.args[0]:
+        origin = node
+        while origin.op == "call_function" and _is_view(origin.target):
+            origin = origin.args[0]
+        if origin.op != "call_function" or origin is not node or origin in taken:
+            with module.graph.inserting_before(output):
+                node = module.graph.call_function(
+                    torch.ops.aten.clone.default, (node,), {"memory_format": torch.contiguous_format}
+                )
+        taken.add(origin)
+        owned.append(node)
+    output.args = (owned,)
+
+
+def _is_view(target: Any) -> bool:
+    returns = target._schema.returns if isinstance(target, torch._ops.OpOverload) else ()
+    return bool(returns) and returns[0].alias_info is not None
+
+
+def _lift(module: GraphModule) -> list[Tensor]:
+    """Turns tensors that the graph holds into inputs; numbers that are written out in the program stay."""
+    placeholders = [n for n in module.graph.nodes if n.op == "placeholder"]
+    after, found = placeholders[-1] if placeholders else None, dict[int, tuple[Tensor, Any]]()
+    fresh = torch.ops.aten.lift_fresh_copy.default
+    for node in [n for n in module.graph.nodes if n.op == "get_attr"]:
+        if all(user.target is fresh for user in node.users):
+            continue
+        tensor = getattr(module, str(node.target))
+        if id(tensor) not in found:
+            place = module.graph.inserting_after(after) if after else module.graph.inserting_before()
+            with place:
+                after = module.graph.placeholder(f"found_{len(found)}")
+            found[id(tensor)] = tensor, after
+        node.replace_all_uses_with(found[id(tensor)][1])
+        module.graph.erase_node(node)
+    return [tensor for tensor, _ in found.values()]
+
+
+class _ReadError(Exception):
+    """Numbers of a tensor were taken out of torch."""
+
+
+class _NoNumbers(TorchFunctionMode):
+    """Refuses what takes numbers out of a recorded tensor without torch's seeing it."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in (Tensor.numpy, Tensor.__array__, Tensor.data_ptr):
+            mode = get_proxy_mode()
+            if mode is not None and args[0] in mode.tracer.tensor_tracker:
+                raise _ReadError(func.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+def _place(error: BaseException) -> str:
+    """The innermost line that is the user's."""
+    roots = [Path(m.__file__).parent for m in (torch, pyro) if m.__file__] + [Path(__file__).parent]
+    frames = traceback.extract_tb(error.__traceback__)
+    own = [f for f in frames if not any(Path(f.filename).is_relative_to(root) for root in roots)]
+    own = [f for f in own if Path(f.filename).name != "contextlib.py"]
+    if not own:
+        return "something in it"
+    return f"'{(own[-1].line or '').strip()}' ({Path(own[-1].filename).name}, line {own[-1].lineno})"

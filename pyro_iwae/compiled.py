@@ -1,0 +1,339 @@
+# Copyright Contributors to the pyro_iwae project.
+# SPDX-License-Identifier: Apache-2.0
+
+"""Recorded steps: made when a pair is new, run in place of model and guide, and compared with these now and then.
+
+A recorded step reads parameters, data and random numbers anew, and takes all else as it was: Python's numbers, branches,
+the structure of model and guide. What it branched on that hangs on tensors it watches itself (``decisions``); where that
+comes out differently, model and guide run the step.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any, Protocol
+
+import torch
+from pyro import poutine
+from torch import Tensor
+
+from pyro_iwae.capture import Graph, capture
+from pyro_iwae.decisions import any_of, holds, recorded_decisions
+from pyro_iwae.particles import Call
+from pyro_iwae.state import unchanged_state
+from pyro_iwae.structure import StructureCache
+from pyro_iwae.watching import Arguments, Parameters, Watched, handlers_around, require_no_handlers
+from pyro_iwae.weighing import Particles
+
+__all__ = ["CompiledSteps", "Result", "Step", "Update", "handed_out"]
+
+MOST_RECORDINGS = 16  # of one model and guide; each takes seconds
+MOST_PROBES = 5  # a look at the pair that saw nothing, by chance, is repeated
+MOST_BROKEN = 3  # steps in a row for which a recording did not hold, before there is a new one
+CHECKS = 10, 100  # calls that are compared with model and guide, beside the first and every thousandth
+CHECK_EVERY = 1000
+
+OneStep = Callable[[Call], tuple[Particles, Tensor]]
+
+
+class Update(Protocol):
+    """What happens to the parameters at the end of a step, in place, as a part of the recording."""
+
+    def prepare(self, leaves: Sequence[Tensor], parameters: Parameters) -> list[list[Tensor]]:
+        """The tensors that it changes beside the parameters, by kind."""
+
+    def apply(self, leaves: Sequence[Tensor], gradients: Sequence[Tensor], held: Tensor) -> None:
+        """Changes all, but not where ``held`` is true."""
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a recorded step gave: the loss, and a gradient for each of its tensors (none where it updates them)."""
+
+    loss: float
+    report: Tensor
+    leaves: list[Tensor]
+    gradients: Sequence[Tensor]
+
+
+    def accumulated(self) -> float:
+        """Adds the gradients to the leaves' ``grad``, as ``backward()`` does; the loss."""
+        for leaf, gradient in zip(self.leaves, self.gradients, strict=True):
+            if leaf.grad is None:
+                leaf.grad = gradient
+            else:
+                leaf.grad.detach_().add_(gradient)
+        return self.loss
+
+
+@dataclass(eq=False)
+class Step:
+    """One recorded step.
+
+    Attributes:
+        graph: what was recorded. It returns the loss and whether a decision broke, as one tensor, and the gradients.
+        leaves: the tensors that get a gradient.
+        parameters: the parameters that were asked for.
+        watched: what must stay as it was.
+        state: what an update changes beside the leaves, by kind.
+        calls: how often it has run.
+        broken: how often in a row it did not hold.
+    """
+
+    graph: Graph
+    leaves: list[Tensor]
+    parameters: Parameters
+    watched: Watched
+    state: list[list[Tensor]] = field(default_factory=list)
+    calls: int = 0
+    broken: int = 0
+
+    def run(self, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
+        """Runs it on these arguments."""
+        kept = [t for kind in self.state for t in kind]
+        with torch.no_grad():
+            return self.graph([t.detach() for t in (*self.leaves, *kept, *tensors)])
+
+    @property
+    def is_due(self) -> bool:
+        """Whether to compare it with model and guide before the next call."""
+        return self.calls in CHECKS or (self.calls > 0 and self.calls % CHECK_EVERY == 0)
+
+
+class CompiledSteps:
+    """The recorded steps of one ELBO.
+
+    Args:
+        one_step: runs model and guide: particles, and the loss with its graph.
+        update: what happens at the end of a step; None leaves gradients to the caller.
+    """
+
+    def __init__(self, one_step: OneStep, update: Update | None = None) -> None:
+        self.one_step, self.update = one_step, update
+        self.cache = StructureCache()
+
+    def recapture(self) -> None:
+        """Forgets all recordings."""
+        self.cache = StructureCache()
+
+    def step(self, call: Call, options: tuple[Any, ...]) -> Result | None:
+        """Runs one step; None where model and guide are to run it, on the random numbers that come now.
+
+        Args:
+            call: model, guide and arguments.
+            options: what else a recording depends on.
+
+        Raises:
+            NotImplementedError: where the step cannot be recorded.
+            TypeError: where an argument is neither a tensor nor a plain value.
+            RuntimeError: where the recording and model and guide have parted.
+        """
+        require_no_handlers()
+        arguments = Arguments.of(call.args, call.kwargs)
+        pair = self.cache.key(call.model, call.guide, handlers_around(call.model), handlers_around(call.guide))
+        key = (*pair, arguments.kind, options, *_surroundings())
+        step = self.cache.recorded.get(key)
+        if step is None or not step.watched.holds():
+            step = self._record(call, arguments, pair)
+            if step is None:
+                return None
+            self.cache.recorded[key] = step
+        elif step.is_due and not self._agrees_twice(step, call, arguments):
+            raise RuntimeError(PARTED)
+        random = _random_state()
+        report, *gradients = step.run(arguments.tensors)
+        loss, broken = report.tolist()
+        step.calls += 1
+        if broken:
+            _set_random_state(random)
+            step.broken += 1
+            if step.broken >= MOST_BROKEN:
+                del self.cache.recorded[key]
+            return None
+        step.broken = 0
+        step.parameters.announce()
+        return Result(loss, report, step.leaves, gradients)
+
+    def _record(self, call: Call, arguments: Arguments, pair: tuple[Any, ...]) -> Step | None:
+        """Makes a recording; None where there are too many, or this is no step to learn from."""
+        made = self.cache.made.get(pair, 0)
+        if made >= MOST_RECORDINGS:
+            _warn_once(self.cache.said, TOO_MANY)
+            return None
+        args, kwargs, fresh = arguments.aliases()
+        call = replace(call, args=args, kwargs=kwargs)
+        with unchanged_state(call.model, call.guide) as modules:
+            parameters, loss = self._probe(call)
+        if not bool(loss.isfinite()):
+            return None
+        leaves = _leaves(loss)
+        state = [] if self.update is None else self.update.prepare(leaves, parameters)
+        buffers = [b for m in modules for b in m._buffers.values() if b is not None]
+        inputs = [*leaves, *(t for kind in state for t in kind), *fresh, *buffers]
+        step = Step(Graph.empty(), leaves, parameters, Watched.of(modules, parameters, leaves), state)
+        with self._unchanged(step, call), poutine.block():
+            step.graph = capture(lambda: self._pass(call, leaves), inputs)
+        self.cache.made[pair] = made + 1
+        if not self._agrees_twice(step, call, arguments):
+            raise RuntimeError(PARTED)
+        with self._unchanged(step, call):
+            step.graph.compile([t.detach() for t in inputs[: len(inputs) - len(buffers)]])
+        if step.graph.compiled is not None and not self._agrees_twice(step, call, arguments):
+            step.graph.compiled = None
+            warnings.warn(MISCOMPILED, UserWarning, stacklevel=4)
+        return step
+
+    def _probe(self, call: Call) -> tuple[Parameters, Tensor]:
+        """Runs model and guide, until what there is to know of them is settled."""
+        for _ in range(MOST_PROBES):
+            parameters = Parameters()
+            with poutine.block(), parameters, torch.enable_grad():
+                particles, loss = self.one_step(call)
+            if particles.structure.settled:
+                break
+        return parameters, loss
+
+    def _pass(self, call: Call, leaves: Sequence[Tensor]) -> list[Tensor]:
+        """What is recorded: a step of model and guide, its gradients, and what is to be done with these."""
+        with recorded_decisions() as broken:
+            particles, loss = self.one_step(call)
+            gradients = list(torch.autograd.grad(loss, leaves)) if leaves else []
+            _watch_nan(particles, gradients)
+            loss = loss.detach()
+            fault = any_of(broken, loss)
+        if self.update is not None:
+            with torch.no_grad():
+                self.update.apply(leaves, gradients, fault != 0.0)
+            gradients = []
+        return [torch.stack([loss, fault]), *gradients]
+
+    # Recording against model and guide, from the same random numbers
+
+    def _agrees_twice(self, step: Step, call: Call, arguments: Arguments) -> bool:
+        """Whether they agree, be it only on the second noise: rounding may turn over a discrete draw, but not often."""
+        return self._agrees(step, call, arguments, 0) or self._agrees(step, call, arguments, 1)
+
+    def _agrees(self, step: Step, call: Call, arguments: Arguments, further: int) -> bool:
+        device = next(iter(step.leaves), torch.empty(0)).device
+
+        def outcome(run: Callable[[], Sequence[Tensor]]) -> list[list[Tensor]]:
+            with self._unchanged(step, call), poutine.block():
+                torch.rand(further, device=device)
+                report, *gradients = run()
+                kinds = [gradients] if self.update is None else [step.leaves, *step.state]
+                return [[report], *([t.detach().clone() for t in kind] for kind in kinds)]
+
+        expected = outcome(lambda: self._pass(call, step.leaves))
+        return _same(expected, outcome(lambda: step.run(arguments.tensors)))
+
+    @contextmanager
+    def _unchanged(self, step: Step, call: Call) -> Iterator[None]:
+        """Puts back whatever a step changes."""
+        changing = [] if self.update is None else [*step.leaves, *(t for kind in step.state for t in kind)]
+        kept = [t.detach().clone() for t in changing]
+        with unchanged_state(call.model, call.guide):
+            try:
+                yield
+            finally:
+                for tensor, value in zip(changing, kept, strict=True):
+                    tensor.data.copy_(value)
+
+
+class _HandedOut(torch.autograd.Function):
+    """A loss whose gradients are known."""
+
+    @staticmethod
+    def forward(ctx: Any, result: Result, loss: Tensor, *leaves: Tensor) -> Tensor:
+        ctx.save_for_backward(*result.gradients)
+        return loss
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, slope: Tensor) -> tuple[Tensor | None, ...]:
+        return (None, None, *(slope * g for g in ctx.saved_tensors))
+
+
+def handed_out(result: Result) -> Tensor:
+    """The loss as a tensor whose ``backward()`` hands the gradients to the leaves, hooks and all."""
+    loss = _HandedOut.apply(result, result.report[0].clone(), *result.leaves)
+    return loss
+
+
+def _same(expected: Sequence[Sequence[Tensor]], found: Sequence[Sequence[Tensor]]) -> bool:
+    """Whether two steps gave the same but for rounding: the loss, then each kind of tensors as one vector."""
+    ((one,), *some), ((other,), *others) = expected, found
+    tolerance = torch.finfo(one.dtype).eps ** 0.5
+    if not bool((one - other).abs()[0] <= 0.3 * tolerance * (1.0 + one[0].abs())):
+        return bool(one[1] != 0.0) and bool(other[1] != 0.0)  # it did not hold, and says so
+    for kind, same in zip(some, others, strict=True):
+        gap = sum(float((a.double() - b.double()).square().sum()) for a, b in zip(kind, same, strict=True)) ** 0.5
+        size = sum(float(a.double().square().sum()) for a in kind) ** 0.5
+        if not gap <= 3.0 * tolerance * size + 1e-30:
+            return False
+    return True
+
+
+def _leaves(loss: Tensor) -> list[Tensor]:
+    """The tensors that a backward pass would give a gradient, in the order in which it meets them."""
+    found: dict[int, Tensor] = {}
+    seen, waiting = set[Any](), [loss.grad_fn]
+    while waiting:
+        node = waiting.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if hasattr(node, "variable"):
+            found[id(node.variable)] = node.variable
+        waiting += [after for after, _ in node.next_functions]
+    return list(found.values())
+
+
+def _watch_nan(particles: Particles, gradients: Sequence[Tensor]) -> None:
+    """Leaves it to model and guide to say where a particle of weight 0 has put NaN into a gradient."""
+    if gradients:
+        impossible = (particles.weights.log_weights.detach() == -torch.inf).any()
+        total = torch.stack([g.sum().to(gradients[0]) for g in gradients]).sum()
+        holds(torch.logical_not(impossible & total.isnan()))
+
+
+def _surroundings() -> tuple[Any, ...]:
+    """What torch does differently from place to place: a recording keeps it."""
+    cast = tuple(torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) for kind in ("cpu", "cuda"))
+    return torch.get_default_dtype(), cast
+
+
+def _random_state() -> tuple[Tensor, list[Tensor] | None]:
+    """Torch's generators: all that a recording draws from."""
+    return torch.get_rng_state(), torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else None
+
+
+def _set_random_state(state: tuple[Tensor, list[Tensor] | None]) -> None:
+    torch.set_rng_state(state[0])
+    if state[1] is not None:
+        torch.cuda.set_rng_state_all(state[1])
+
+
+def _warn_once(said: set[str], message: str) -> None:
+    if message not in said:
+        said.add(message)
+        warnings.warn(message, UserWarning, stacklevel=5)
+
+
+PARTED = (
+    "the recorded step and a step of model and guide gave different losses or gradients from the same random numbers: "
+    "what they read in Python has changed since the recording, or is random itself (a number that is annealed, an "
+    "attribute, random or numpy.random). Pass what changes as a tensor among the arguments, call recapture() after a "
+    "change, or write compile=False"
+)
+TOO_MANY = (
+    f"model and guide were recorded {MOST_RECORDINGS} times, for new shapes, numbers or effect handlers, and are not "
+    "recorded any more: steps that are new run uncompiled. Pass what changes as tensors of one shape, wrap model and "
+    "guide in poutine.scale or poutine.mask once and not at each step, or write compile=False"
+)
+MISCOMPILED = (
+    "the compiled step and the recording that it was compiled from gave different numbers, so that the recording is run "
+    "as a graph of single operations, which is right and slower"
+)

@@ -1,0 +1,181 @@
+# Copyright Contributors to the pyro_iwae project.
+# SPDX-License-Identifier: Apache-2.0
+
+"""What must stay as it was for a recorded step to hold: arguments of the same kind, the same parameters and modes."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import pyro
+import torch
+from pyro.poutine.block_messenger import BlockMessenger
+from pyro.poutine.messenger import Messenger
+from pyro.poutine.runtime import _PYRO_STACK, am_i_wrapped, effectful
+from pyro.poutine.seed_messenger import SeedMessenger
+from pyro.poutine.trace_messenger import TraceMessenger
+from torch import Tensor
+from torch.distributions import constraints, transform_to
+from torch.utils import _pytree as pytree
+
+from pyro_iwae.plates import Site
+
+__all__ = ["Arguments", "Parameters", "Watched", "handlers_around", "require_no_handlers"]
+
+PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, torch.memory_format)
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """Arguments of a call, taken apart.
+
+    Attributes:
+        tensors: those that are tensors, in order.
+        others: all of them, with None in the places of tensors.
+        tree: how they lie in lists, tuples and dicts.
+        kind: what must be the same for a recording to hold: shapes, dtypes, devices, and what is no tensor.
+    """
+
+    tensors: list[Tensor]
+    others: list[Any]
+    tree: Any
+    kind: tuple[Any, ...]
+
+    @classmethod
+    def of(cls, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Arguments:
+        """Takes them apart.
+
+        Raises:
+            TypeError: where one is neither a tensor nor a plain value, whose contents could change unseen.
+        """
+        leaves, tree = pytree.tree_flatten((args, dict(kwargs)))
+        tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+        kind = tuple(_kind(leaf) for leaf in leaves)
+        first: dict[int, int] = {}
+        shared = tuple(first.setdefault(id(t), i) for i, t in enumerate(tensors))  # model(x, x) is not model(x, y)
+        others = [None if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+        return cls(tensors, others, tree, (repr(tree) if kwargs or len(leaves) != len(args) else None, kind, shared))
+
+    def aliases(self) -> tuple[tuple[Any, ...], dict[str, Any], list[Tensor]]:
+        """Other tensors with the same numbers, and the arguments with these: closures may hold the same tensors."""
+        same: dict[int, Tensor] = {}
+        fresh = [same.setdefault(id(t), t.detach().requires_grad_(t.requires_grad)) for t in self.tensors]
+        rest = iter(fresh)
+        found = [next(rest) if kind[0] is Tensor else o for o, kind in zip(self.others, self.kind[1], strict=True)]
+        args, kwargs = pytree.tree_unflatten(found, self.tree)
+        return args, kwargs, fresh
+
+
+def _kind(leaf: Any) -> tuple[Any, ...]:
+    if isinstance(leaf, Tensor):
+        stride = leaf.stride() if leaf.layout is torch.strided else leaf.layout
+        return Tensor, leaf.shape, stride, leaf.dtype, leaf.device, leaf.requires_grad
+    if not isinstance(leaf, PLAIN):
+        raise TypeError(
+            "compile=True needs arguments that are tensors, plain values, or lists, tuples and dicts of these, so that "
+            f"it sees when one changes; got {type(leaf).__name__}. Pass its tensors, or write compile=False"
+        )
+    return type(leaf), leaf
+
+
+class Parameters(Messenger):
+    """The parameters that a run asks for: name, unconstrained tensor, constraint."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: dict[str, tuple[Tensor, Any]] = {}
+
+    def _pyro_post_param(self, msg: Site) -> None:
+        value, store = msg["value"], pyro.get_param_store()
+        leaf = value.unconstrained() if hasattr(value, "unconstrained") else value
+        given = msg["kwargs"].get("constraint", constraints.real)
+        self.found[msg["name"]] = leaf, store._constraints.get(msg["name"], given)
+
+    def announce(self) -> None:
+        """Sends the messages that the run would have sent, so that SVI learns which parameters there are."""
+        if not am_i_wrapped():
+            return
+        with torch.no_grad():
+            for name, (leaf, constraint) in self.found.items():
+                value = leaf if constraint is constraints.real else transform_to(constraint)(leaf)
+                value.unconstrained = weakref.ref(leaf)  # type: ignore[attr-defined]
+
+                def given(*_: Any, value: Tensor = value, **__: Any) -> Tensor:
+                    return value
+
+                effectful(given, type="param")(name, name=name)
+
+
+@dataclass(frozen=True)
+class Watched:
+    """What a recording has taken for granted.
+
+    Attributes:
+        modes: modules, held weakly, and whether each is in training.
+        slots: where modules keep parameters and buffers, and what lay there.
+        stored: parameters of the param store, by name.
+        frozen: tensors, and whether each wants a gradient.
+    """
+
+    modes: tuple[tuple[Any, bool], ...]
+    slots: tuple[tuple[Mapping[str, Any], str, Any], ...]
+    stored: Mapping[str, Tensor]
+    frozen: tuple[tuple[Tensor, bool], ...]
+
+    @classmethod
+    def of(cls, modules: Collection[torch.nn.Module], parameters: Parameters, leaves: Iterable[Tensor]) -> Watched:
+        """Looks at the modules that ran and the parameters that were asked for."""
+        slots = tuple(
+            (held, name, tensor)
+            for module in modules
+            for held in (module._parameters, module._buffers)
+            for name, tensor in held.items()
+        )
+        store = pyro.get_param_store()._params
+        stored = {n: store[n] for n in parameters.found if n in store}
+        tensors = {id(t): t for t in (*leaves, *(t for _, _, t in slots if t is not None))}
+        return cls(
+            tuple((weakref.ref(m), m.training) for m in modules),
+            slots,
+            stored,
+            tuple((t, t.requires_grad) for t in tensors.values()),
+        )
+
+    def holds(self) -> bool:
+        """Whether all is as it was. Numbers in tensors may be others."""
+        store = pyro.get_param_store()._params
+        return (
+            all(store.get(name) is tensor for name, tensor in self.stored.items())
+            and all(held.get(name) is tensor for held, name, tensor in self.slots)
+            and all(tensor.requires_grad is wanted for tensor, wanted in self.frozen)
+            and all(m() is None or m().training is mode for m, mode in self.modes)
+        )
+
+
+def require_no_handlers() -> None:
+    """Raises where an effect handler is active that the recording was not made under."""
+    for handler in _PYRO_STACK:
+        listens = isinstance(handler, TraceMessenger) and handler.param_only
+        if not listens and not isinstance(handler, SeedMessenger | BlockMessenger):
+            raise NotImplementedError(
+                f"compile=True runs a recording of the step, which {type(handler).__name__} around it does not reach; "
+                "put the handler around model and guide, as in poutine.scale(model, scale=0.1), or write compile=False"
+            )
+
+
+def handlers_around(program: Callable[..., Any]) -> tuple[Any, ...]:
+    """The effect handlers around a program, and the numbers in them, which a recording freezes."""
+    found: list[Any] = []
+    while isinstance(program, partial):
+        if len(program.args) >= 2:
+            handler, program = program.args[:2]
+            numbers = [v for v in vars(handler).values() if isinstance(v, bool | int | float)]
+            tensors = [id(v) for v in vars(handler).values() if isinstance(v, Tensor)]
+            found.append((handler, *numbers, *tensors))
+        else:
+            program = program.func
+    return tuple(found)
