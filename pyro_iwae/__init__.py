@@ -7,6 +7,7 @@ After "Reinterpreting Importance-Weighted Autoencoders" (Cremer, Morris, Duvenau
 https://arxiv.org/abs/1704.02916). Importing the package changes nothing in torch or Pyro.
 """
 
+from pyro_iwae.compiled_svi import CompiledSVI
 from pyro_iwae.elbo import ImportanceWeightedELBO
 from pyro_iwae.gradient_snr import gradient_snr
 from pyro_iwae.gradients import OVIS, VIMCO, DoublyReparameterized, Pathwise, SampledBackward, StickTheLanding
@@ -24,6 +25,7 @@ __all__ = [
     "PIWAE",
     "TVO",
     "VIMCO",
+    "CompiledSVI",
     "DoublyReparameterized",
     "ImportanceResampledGuide",
     "ImportanceWeightedELBO",

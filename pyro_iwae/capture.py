@@ -55,6 +55,12 @@ class Graph:
         run = self.module if self.compiled is None else self.compiled
         return run(*tensors, *[t.detach() for t in self.inputs[len(tensors) :]])
 
+    def bound(self, tensors: Sequence[Tensor]) -> Callable[[], Tensor]:
+        """What runs the graph on these tensors and returns the first output."""
+        run = self.module if self.compiled is None else self.compiled
+        inputs = [*tensors, *[t.detach() for t in self.inputs[len(tensors) :]]]
+        return lambda: run(*inputs)[0]
+
     def compile(self, tensors: Sequence[Tensor]) -> None:
         """Compiles the graph; where that fails (no C++ compiler, say), it warns and leaves the graph as it is."""
         inputs = [*tensors, *[t.detach() for t in self.inputs[len(tensors) :]]]

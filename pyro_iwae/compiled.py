@@ -97,6 +97,11 @@ class Step:
         with torch.no_grad():
             return self.graph([t.detach() for t in (*self.leaves, *kept, *tensors)])
 
+    def bound(self, tensors: Sequence[Tensor]) -> Callable[[], Tensor]:
+        """What runs it on these arguments, again and again, and returns its report: with as little Python as can be."""
+        kept = [t for kind in self.state for t in kind]
+        return self.graph.bound([t.detach() for t in (*self.leaves, *kept, *tensors)])
+
     @property
     def is_due(self) -> bool:
         """Whether to compare it with model and guide before the next call."""
@@ -131,27 +136,35 @@ class CompiledSteps:
             TypeError: where an argument is neither a tensor nor a plain value.
             RuntimeError: where the recording and model and guide have parted.
         """
+        found = self.find(call, options)
+        return None if found is None else self.run(*found)
+
+    def find(self, call: Call, options: tuple[Any, ...]) -> tuple[Step, Arguments] | None:
+        """The recording of a step, made if there is none that holds; None where there is to be none."""
         require_no_handlers()
         arguments = Arguments.of(call.args, call.kwargs)
         pair = self.cache.key(call.model, call.guide, handlers_around(call.model), handlers_around(call.guide))
         key = (*pair, arguments.kind, options, *_surroundings())
         step = self.cache.recorded.get(key)
-        if step is None or not step.watched.holds():
+        if step is None or step.broken >= MOST_BROKEN or not step.watched.holds():
             step = self._record(call, arguments, pair)
+            self.cache.recorded.pop(key, None)
             if step is None:
                 return None
             self.cache.recorded[key] = step
         elif step.is_due and not self._agrees_twice(step, call, arguments):
             raise RuntimeError(PARTED)
-        random = _random_state()
+        return step, arguments
+
+    def run(self, step: Step, arguments: Arguments) -> Result | None:
+        """Runs a recording."""
+        random = random_state()
         report, *gradients = step.run(arguments.tensors)
         loss, broken = report.tolist()
         step.calls += 1
         if broken:
-            _set_random_state(random)
+            set_random_state(random)
             step.broken += 1
-            if step.broken >= MOST_BROKEN:
-                del self.cache.recorded[key]
             return None
         step.broken = 0
         step.parameters.announce()
@@ -305,12 +318,12 @@ def _surroundings() -> tuple[Any, ...]:
     return torch.get_default_dtype(), cast
 
 
-def _random_state() -> tuple[Tensor, list[Tensor] | None]:
+def random_state() -> tuple[Tensor, list[Tensor] | None]:
     """Torch's generators: all that a recording draws from."""
     return torch.get_rng_state(), torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else None
 
 
-def _set_random_state(state: tuple[Tensor, list[Tensor] | None]) -> None:
+def set_random_state(state: tuple[Tensor, list[Tensor] | None]) -> None:
     torch.set_rng_state(state[0])
     if state[1] is not None:
         torch.cuda.set_rng_state_all(state[1])

@@ -1,0 +1,165 @@
+# Copyright Contributors to the pyro_iwae project.
+# SPDX-License-Identifier: Apache-2.0
+
+"""SVI whose whole step, the optimiser included, is one recorded graph."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from pyro.infer import SVI
+from pyro.optim import PyroOptim
+from torch import Tensor
+from tqdm import tqdm
+
+from pyro_iwae.compiled import CompiledSteps, Step, random_state, set_random_state
+from pyro_iwae.elbo import ImportanceWeightedELBO
+from pyro_iwae.options import as_count, require_callables
+from pyro_iwae.particles import Call
+from pyro_iwae.updates import OptimizerUpdate
+from pyro_iwae.watching import Arguments
+
+__all__ = ["CompiledSVI"]
+
+Program = Callable[..., Any]
+SHOWN_EVERY = 50  # steps between two numbers in the progress bar
+
+
+class CompiledSVI:
+    """``pyro.infer.SVI`` with the whole step, loss, gradient and optimiser, as one compiled graph.
+
+    For small and middling models, where Pyro's effect handlers and the optimiser's own loop cost more than the
+    arithmetic. Losses and parameters are those of ``SVI`` on the same random numbers, but for rounding; parameters are
+    changed in place in the param store, the optimiser's state where ``optim`` keeps it. What a recording takes for
+    granted is described at ``ImportanceWeightedELBO(compile=True)``.
+
+    Args:
+        model: the model.
+        guide: the guide.
+        optim: ``pyro.optim.Adam``, ``AdamW``, ``ClippedAdam`` or ``SGD``. Its numbers are frozen in the recording.
+        loss: an :class:`ImportanceWeightedELBO`.
+
+    Raises:
+        TypeError: where an argument has the wrong type, or the optimiser is another.
+
+    Example::
+
+        >>> import pyro, torch, pyro.distributions as dist
+        >>> from pyro.infer.autoguide import AutoNormal
+        >>> from pyro_iwae import CompiledSVI, ImportanceWeightedELBO
+        >>> def model(x):
+        ...     z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        ...     with pyro.plate("data", len(x)):
+        ...         pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+        >>> svi = CompiledSVI(model, AutoNormal(model), pyro.optim.Adam({"lr": 0.01}), ImportanceWeightedELBO(16))
+        >>> losses = svi.run(100, torch.tensor([1.0, 2.0]), progress=False)
+        >>> losses.shape
+        torch.Size([100])
+    """
+
+    def __init__(self, model: Program, guide: Program, optim: PyroOptim, loss: ImportanceWeightedELBO) -> None:
+        require_callables(model, guide)
+        if not isinstance(loss, ImportanceWeightedELBO):
+            raise TypeError(
+                f"expected loss to be an ImportanceWeightedELBO, got {loss!r}; num_particles=1 is Trace_ELBO's loss"
+            )
+        self.model, self.guide, self.optim, self.loss = model, guide, optim, loss
+        self._plain = copy.copy(loss)
+        self._plain.compile = False
+        self._update = OptimizerUpdate(optim)
+        self._recorded = CompiledSteps(self._plain._step, self._update)
+
+    def step(self, *args: Any, **kwargs: Any) -> float:
+        """Takes one step, and returns the loss, in nats.
+
+        Args:
+            args: passed to model and guide.
+            kwargs: passed to model and guide.
+
+        Raises:
+            NotImplementedError: where the step cannot be recorded.
+            RuntimeError: where recording and model have parted: something in Python has changed.
+            ValueError: what ``ImportanceWeightedELBO`` raises; the parameters are as before then.
+        """
+        return next(self._steps(1, args, kwargs))
+
+    def run(
+        self, num_steps: int, *args: Any, progress: bool = True, **kwargs: Any
+    ) -> Float[Tensor, "steps"]:  # noqa: F821
+        """Takes many steps on the same arguments.
+
+        Args:
+            num_steps: how many.
+            args: passed to model and guide. Minibatches are drawn anew at each step by subsampled plates.
+            progress: whether to show a bar with the time left and the loss.
+            kwargs: passed to model and guide.
+
+        Returns:
+            The losses, in nats, shape ``(num_steps,)``, on the CPU, in float64.
+
+        Raises:
+            as :meth:`step`.
+        """
+        num_steps = as_count("num_steps", num_steps)
+        losses = []
+        with tqdm(total=num_steps, disable=not progress, desc="CompiledSVI") as bar:
+            for loss in self._steps(num_steps, args, kwargs):
+                losses.append(loss)
+                if progress and len(losses) % SHOWN_EVERY == 0:
+                    recent = losses[-SHOWN_EVERY:]
+                    bar.set_postfix(loss=f"{sum(recent) / len(recent):.5g}", refresh=False)
+                    bar.update(SHOWN_EVERY)
+            bar.update(num_steps - bar.n)
+        return torch.tensor(losses, dtype=torch.float64)
+
+    def evaluate_loss(self, *args: Any, **kwargs: Any) -> float:
+        """The loss, in nats, without a step."""
+        with torch.no_grad():
+            return self.loss.loss(self.model, self.guide, *args, **kwargs)
+
+    def recapture(self) -> None:
+        """Has the step recorded anew, after a change of what a recording takes for granted."""
+        self._recorded.recapture()
+
+    def _steps(self, num_steps: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[float]:
+        """Losses of steps, each taken when it is asked for."""
+        call, done = Call(self.model, self.guide, args, kwargs), 0
+        while done < num_steps:
+            with torch.enable_grad():
+                found = self._recorded.find(call, (*self._plain._options, *self._update.options()))
+            if found is not None:
+                try:
+                    for loss in self._recorded_steps(*found, num_steps - done):
+                        done += 1
+                        yield loss
+                finally:
+                    self._update.settle()
+            if done < num_steps and (found is None or found[0].broken):
+                done += 1
+                yield self._plain_step(args, kwargs)
+
+    def _recorded_steps(self, step: Step, arguments: Arguments, most: int) -> Iterator[float]:
+        """As many steps as the recording holds for, until it is to be compared with the model again."""
+        run = step.bound(arguments.tensors)
+        for _ in range(most):
+            random = random_state()
+            with torch.no_grad():
+                loss, broken = run().tolist()
+            step.calls += 1
+            step.broken = step.broken + 1 if broken else 0
+            if broken:
+                set_random_state(random)
+                return
+            yield loss
+            if step.is_due:
+                return
+
+    def _plain_step(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> float:
+        """A step of model and guide themselves, which also says what is wrong where something is."""
+        loss = SVI(self.model, self.guide, self.optim, self._plain).step(*args, **kwargs)
+        self._update.refresh()
+        return float(loss)

@@ -1,0 +1,232 @@
+# Copyright Contributors to the pyro_iwae project.
+# SPDX-License-Identifier: Apache-2.0
+
+"""The optimiser as tensor operations, so that it can be a part of a recorded step.
+
+The state stays where Pyro's optimiser keeps it, in ``optim.optim_objs``: it saves, loads, and goes on under plain ``SVI``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import pyro
+import torch
+from pyro.optim import PyroOptim
+from pyro.optim.clipped_adam import ClippedAdam
+from torch import Tensor
+
+from pyro_iwae.watching import Parameters
+
+__all__ = ["OptimizerUpdate"]
+
+Write = Callable[[Tensor, Tensor], None]
+SUPPORTED = "pyro.optim.Adam, AdamW, ClippedAdam or SGD"
+
+
+@dataclass(eq=False)
+class Slot:
+    """One parameter: its optimiser, the clipping of its gradient, its state as tensors, the updates so far."""
+
+    parameter: Tensor
+    optimizer: torch.optim.Optimizer
+    clip: dict[str, float]
+    state: dict[str, Tensor]
+    count: Tensor
+    first_lr: float  # before any decay, so that the rate follows from the count
+
+    @property
+    def group(self) -> dict[str, Any]:
+        return self.optimizer.param_groups[0]
+
+    @property
+    def kept(self) -> dict[str, Any]:
+        """The optimiser's own record."""
+        return self.optimizer.state[self.parameter]
+
+
+class OptimizerUpdate:
+    """Applies a Pyro optimiser within a recording.
+
+    Args:
+        optim: Adam, AdamW, ClippedAdam or SGD of ``pyro.optim``.
+
+    Raises:
+        TypeError: where it is another.
+    """
+
+    def __init__(self, optim: PyroOptim) -> None:
+        if not isinstance(optim, PyroOptim):
+            raise TypeError(f"expected optim to be {SUPPORTED}, got {optim!r}; torch's optimisers go with compile=True")
+        rule = RULES.get(optim.pt_optim_constructor)
+        if rule is None:
+            name = getattr(optim.pt_optim_constructor, "__name__", repr(optim.pt_optim_constructor))
+            raise TypeError(
+                f"expected optim to be {SUPPORTED}, got {name}; write SVI(model, guide, optim, "
+                "ImportanceWeightedELBO(compile=True)), which leaves the update to the optimiser itself"
+            )
+        self.optim, self.rule = optim, rule
+        self.slots: dict[Tensor, Slot] = {}
+
+    def options(self) -> tuple[Any, ...]:
+        """The numbers that a recording freezes: a new rate asks for a new recording."""
+        return tuple(
+            (*(v for k, v in slot.group.items() if k not in ("params", "lr")), slot.first_lr, *slot.clip.items())
+            for slot in self.slots.values()
+        )
+
+    def prepare(self, leaves: Sequence[Tensor], parameters: Parameters) -> list[list[Tensor]]:
+        """The tensors that an update changes beside the parameters, by kind."""
+        asked = {leaf for leaf, _ in parameters.found.values()}
+        slots = [self._slot(leaf) for leaf in leaves if leaf in asked]
+        kinds = dict.fromkeys(name for slot in slots for name in slot.state)
+        return [[slot.count for slot in slots], *([s.state[k] for s in slots if k in s.state] for k in kinds)]
+
+    def apply(self, leaves: Sequence[Tensor], gradients: Sequence[Tensor], held: Tensor) -> None:
+        """Updates all that have an optimiser, but not where ``held`` is true."""
+
+        def write(tensor: Tensor, value: Tensor) -> None:
+            tensor.copy_(torch.where(held, tensor, value))
+
+        for leaf, gradient in zip(leaves, gradients, strict=True):
+            if leaf in self.slots:
+                slot = self.slots[leaf]
+                self.rule(slot, _clipped(gradient, **slot.clip), slot.count + 1, write)
+                write(slot.count, slot.count + 1)
+
+    def settle(self) -> None:
+        """Tells the optimiser how often it has been applied, and its rate."""
+        for slot in self.slots.values():
+            if "momentum_buffer" in slot.state and int(slot.count) == 0:
+                slot.kept["momentum_buffer"] = None  # its first step is one of its own
+            if "step" in slot.kept:
+                count = int(slot.count)
+                slot.kept["step"] = torch.tensor(float(count)) if isinstance(slot.kept["step"], Tensor) else count
+            slot.group["lr"] = slot.first_lr * slot.group.get("lrd", 1.0) ** int(slot.count)
+
+    def refresh(self) -> None:
+        """Learns from the optimiser how often it has been applied, and its rate."""
+        for slot in self.slots.values():
+            for name, tensor in slot.state.items():
+                held = slot.kept.get(name)
+                if held is not None and held is not tensor:
+                    tensor.copy_(held)
+                    slot.kept[name] = tensor
+            slot.count.fill_(_count(slot.kept))
+            slot.first_lr = _first_lr(slot.group, slot.kept)
+
+    def _slot(self, parameter: Tensor) -> Slot:
+        if parameter not in self.slots:
+            optimizer = self._optimizer(parameter)
+            group, kept = optimizer.param_groups[0], optimizer.state[parameter]
+            precise = torch.float32 if parameter.device.type == "mps" else torch.float64
+            count = torch.full((), float(_count(kept)), dtype=precise, device=parameter.device)
+            for name, make in _states(self.optim.pt_optim_constructor, group).items():
+                if kept.get(name) is None:
+                    kept[name] = make(parameter)
+            state = {n: v for n, v in kept.items() if isinstance(v, Tensor) and n != "step"}
+            clip = dict(self.optim._get_grad_clip_args(parameter))
+            self.slots[parameter] = Slot(parameter, optimizer, clip, state, count, _first_lr(group, kept))
+        return self.slots[parameter]
+
+    def _optimizer(self, parameter: Tensor) -> torch.optim.Optimizer:
+        """The parameter's own, made as Pyro makes it."""
+        objects = self.optim.optim_objs
+        if parameter not in objects:
+            objects[parameter] = self.optim._get_optim(parameter)
+            self.optim.grad_clip[parameter] = self.optim._get_grad_clip(parameter)
+            name = pyro.get_param_store().param_name(parameter)
+            state = self.optim._state_waiting_to_be_consumed.pop(name, None)
+            if state is not None:
+                objects[parameter].load_state_dict(state)
+        return objects[parameter]
+
+
+def _count(kept: dict[str, Any]) -> int:
+    return int(kept["step"]) if "step" in kept else int(kept.get("momentum_buffer") is not None)
+
+
+def _first_lr(group: dict[str, Any], kept: dict[str, Any]) -> float:
+    return float(group["lr"]) / float(group.get("lrd", 1.0)) ** _count(kept)
+
+
+def _clipped(gradient: Tensor, clip_norm: float | None = None, clip_value: float | None = None) -> Tensor:
+    """As ``torch.nn.utils`` clips a single tensor."""
+    if clip_norm is not None:
+        gradient = gradient * (clip_norm / (gradient.norm() + 1e-6)).clamp(max=1.0)
+    if clip_value is not None:
+        gradient = gradient.clamp(-clip_value, clip_value)
+    return gradient
+
+
+def _states(constructor: Any, group: dict[str, Any]) -> dict[str, Callable[[Tensor], Any]]:
+    """What an optimiser keeps for a parameter, as it is before the first step."""
+
+    def zeros(parameter: Tensor) -> Tensor:
+        return torch.zeros_like(parameter, memory_format=torch.preserve_format, requires_grad=False)
+
+    if constructor is torch.optim.SGD:
+        return {"momentum_buffer": zeros} if group["momentum"] else {}
+    moments = {"exp_avg": zeros, "exp_avg_sq": zeros}
+    if constructor is ClippedAdam:
+        return {"step": lambda _: 0, **moments}
+    if group["amsgrad"]:
+        moments["max_exp_avg_sq"] = zeros
+    return {"step": lambda _: torch.tensor(0.0), **moments}
+
+
+def _adam(slot: Slot, gradient: Tensor, count: Tensor, write: Write) -> None:
+    """``torch.optim.Adam`` and ``AdamW``."""
+    group, p = slot.group, slot.parameter
+    (beta1, beta2), lr, decay = group["betas"], slot.first_lr, group["weight_decay"]
+    gradient, value = -gradient if group["maximize"] else gradient, p.detach()
+    if decay and group.get("decoupled_weight_decay", False):
+        value = value * (1.0 - lr * decay)
+    elif decay:
+        gradient = gradient + decay * value
+    mean = torch.lerp(slot.state["exp_avg"], gradient, 1.0 - beta1)
+    square = beta2 * slot.state["exp_avg_sq"] + (1.0 - beta2) * gradient * gradient
+    largest = square
+    if group["amsgrad"]:
+        largest = torch.maximum(slot.state["max_exp_avg_sq"], square)
+        write(slot.state["max_exp_avg_sq"], largest)
+    size, root = lr / (1.0 - beta1**count), (1.0 - beta2**count).sqrt()
+    write(p, value - size.to(p.dtype) * mean / (largest.sqrt() / root.to(p.dtype) + group["eps"]))
+    write(slot.state["exp_avg"], mean)
+    write(slot.state["exp_avg_sq"], square)
+
+
+def _clipped_adam(slot: Slot, gradient: Tensor, count: Tensor, write: Write) -> None:
+    """``pyro.optim.ClippedAdam``."""
+    group, p = slot.group, slot.parameter
+    (beta1, beta2), value = group["betas"], p.detach()
+    gradient = gradient.clamp(-group["clip_norm"], group["clip_norm"])
+    if group["weight_decay"]:
+        gradient = gradient + group["weight_decay"] * value
+    mean = beta1 * slot.state["exp_avg"] + (1.0 - beta1) * gradient
+    spread = gradient - mean if group["centered_variance"] else gradient
+    square = beta2 * slot.state["exp_avg_sq"] + (1.0 - beta2) * spread * spread
+    size = slot.first_lr * group["lrd"] ** count * (1.0 - beta2**count).sqrt() / (1.0 - beta1**count)
+    write(p, value - size.to(p.dtype) * mean / (square.sqrt() + group["eps"]))
+    write(slot.state["exp_avg"], mean)
+    write(slot.state["exp_avg_sq"], square)
+
+
+def _sgd(slot: Slot, gradient: Tensor, count: Tensor, write: Write) -> None:
+    """``torch.optim.SGD``."""
+    group, p = slot.group, slot.parameter
+    gradient, value = -gradient if group["maximize"] else gradient, p.detach()
+    if group["weight_decay"]:
+        gradient = gradient + group["weight_decay"] * value
+    if group["momentum"]:
+        buffer = slot.state["momentum_buffer"]
+        moved = group["momentum"] * buffer + (1.0 - group["dampening"]) * gradient
+        moved = torch.where(count == 1.0, gradient, moved)
+        write(buffer, moved)
+        gradient = gradient + group["momentum"] * moved if group["nesterov"] else moved
+    write(p, value - slot.first_lr * gradient)
+
+
+RULES = {torch.optim.Adam: _adam, torch.optim.AdamW: _adam, ClippedAdam: _clipped_adam, torch.optim.SGD: _sgd}
