@@ -23,9 +23,12 @@ from torch.fx import GraphModule
 from torch.fx.experimental.proxy_tensor import get_proxy_mode, make_fx
 from torch.overrides import TorchFunctionMode
 
+from pyro_iwae.decisions import unrecorded
+
 __all__ = ["Graph", "capture"]
 
 Run = Callable[..., Sequence[Tensor]]
+UNSEEN = Tensor.numpy, Tensor.__array__, Tensor.tolist, Tensor.__dlpack__  # readers that torch does not dispatch
 # Random numbers come from torch's own generator, in the order of the program: seeded runs are those of eager runs.
 OPTIONS = {"fallback_random": True, "reorder_for_peak_memory": False, "reorder_for_locality": False}
 
@@ -93,7 +96,7 @@ def capture(function: Callable[[], Sequence[Tensor]], inputs: Sequence[Tensor]) 
         NotImplementedError: where the function's course depends on numbers in tensors, naming the line.
     """
     try:
-        with pyro.validation_enabled(False), _NoNumbers():
+        with pyro.validation_enabled(False), _Reading():
             module = make_fx(lambda *_: list(function()))(*inputs)
     except (RuntimeError, _ReadError) as error:
         if not isinstance(error, _ReadError) and "get value out of a tracing tensor" not in str(error):
@@ -156,15 +159,23 @@ class _ReadError(Exception):
     """Numbers of a tensor were taken out of torch."""
 
 
-class _NoNumbers(TorchFunctionMode):
-    """Refuses what takes numbers out of a recorded tensor without torch's seeing it."""
+class _Reading(TorchFunctionMode):
+    """Refuses what takes numbers out of a recorded tensor unseen; lets a loop go over a tensor that is not recorded.
+
+    Such are the indices of a plate, whose numbers name sites.
+    """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func in (Tensor.numpy, Tensor.__array__, Tensor.data_ptr):
+        kwargs = kwargs or {}
+        if func in (*UNSEEN, Tensor.unbind):
             mode = get_proxy_mode()
-            if mode is not None and args[0] in mode.tracer.tensor_tracker:
+            recorded = mode is not None and args[0] in mode.tracer.tensor_tracker
+            if func is not Tensor.unbind and recorded:
                 raise _ReadError(func.__name__)
-        return func(*args, **(kwargs or {}))
+            if func is Tensor.unbind and not recorded and not args[0].requires_grad:
+                with unrecorded():
+                    return func(*args, **kwargs)
+        return func(*args, **kwargs)
 
 
 def _place(error: BaseException) -> str:

@@ -10,12 +10,14 @@ comes out differently, model and guide run the step.
 
 from __future__ import annotations
 
+import random
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
+import numpy
 import torch
 from pyro import poutine
 from torch import Tensor
@@ -57,7 +59,6 @@ class Result:
     report: Tensor
     leaves: list[Tensor]
     gradients: Sequence[Tensor]
-
 
     def accumulated(self) -> float:
         """Adds the gradients to the leaves' ``grad``, as ``backward()`` does; the loss."""
@@ -158,12 +159,12 @@ class CompiledSteps:
 
     def run(self, step: Step, arguments: Arguments) -> Result | None:
         """Runs a recording."""
-        random = random_state()
+        before = random_state()
         report, *gradients = step.run(arguments.tensors)
         loss, broken = report.tolist()
         step.calls += 1
         if broken:
-            set_random_state(random)
+            set_random_state(before)
             step.broken += 1
             return None
         step.broken = 0
@@ -174,7 +175,7 @@ class CompiledSteps:
         """Makes a recording; None where there are too many, or this is no step to learn from."""
         made = self.cache.made.get(pair, 0)
         if made >= MOST_RECORDINGS:
-            _warn_once(self.cache.said, TOO_MANY)
+            _warn_once(self.cache.said, TOO_MANY.format(made))
             return None
         args, kwargs, fresh = arguments.aliases()
         call = replace(call, args=args, kwargs=kwargs)
@@ -235,6 +236,7 @@ class CompiledSteps:
         def outcome(run: Callable[[], Sequence[Tensor]]) -> list[list[Tensor]]:
             with self._unchanged(step, call), poutine.block():
                 torch.rand(further, device=device)
+                random.random(), numpy.random.random()  # which no recording reads
                 report, *gradients = run()
                 kinds = [gradients] if self.update is None else [step.leaves, *step.state]
                 return [[report], *([t.detach().clone() for t in kind] for kind in kinds)]
@@ -342,7 +344,7 @@ PARTED = (
     "change, or write compile=False"
 )
 TOO_MANY = (
-    f"model and guide were recorded {MOST_RECORDINGS} times, for new shapes, numbers or effect handlers, and are not "
+    "model and guide were recorded {} times, for new shapes, numbers or effect handlers, and are not "
     "recorded any more: steps that are new run uncompiled. Pass what changes as tensors of one shape, wrap model and "
     "guide in poutine.scale or poutine.mask once and not at each step, or write compile=False"
 )

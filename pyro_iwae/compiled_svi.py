@@ -87,9 +87,7 @@ class CompiledSVI:
         """
         return next(self._steps(1, args, kwargs))
 
-    def run(
-        self, num_steps: int, *args: Any, progress: bool = True, **kwargs: Any
-    ) -> Float[Tensor, "steps"]:  # noqa: F821
+    def run(self, num_steps: int, *args: Any, progress: bool = True, **kwargs: Any) -> Float[Tensor, " steps"]:
         """Takes many steps on the same arguments.
 
         Args:

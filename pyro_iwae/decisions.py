@@ -10,14 +10,14 @@ the recording computes the condition at each step anew and reports when it no lo
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
 
 import torch
 from torch import Tensor
 from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing
 
-__all__ = ["holds", "is_recording", "recorded_decisions"]
+__all__ = ["any_of", "holds", "is_recording", "recorded_decisions", "unrecorded"]
 
 _BROKEN: ContextVar[list[Tensor] | None] = ContextVar("conditions that break a recording", default=None)
 
@@ -27,11 +27,18 @@ def holds(condition: Tensor) -> bool:
     broken = _BROKEN.get()
     if broken is None:
         return bool(condition)
-    with disable_proxy_modes_tracing():
+    with unrecorded():
         value = bool(condition)
     condition = condition.detach()
     broken.append(condition.logical_not() if value else condition != 0)
     return value
+
+
+@contextmanager
+def unrecorded() -> Iterator[None]:
+    """Keeps what happens inside out of a recording, which takes its results as they are."""
+    with disable_proxy_modes_tracing() if is_recording() else nullcontext():
+        yield
 
 
 def is_recording() -> bool:

@@ -15,6 +15,7 @@ from pyro.poutine.runtime import apply_stack
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
+from pyro_iwae.decisions import is_recording, unrecorded
 from pyro_iwae.plates import PARTICLES, Site, plate_scale
 
 __all__ = ["ENCLOSING", "EnclosingPlates", "Minibatch", "ParticlePlate", "enclosing_frames", "particle_plates"]
@@ -34,10 +35,17 @@ class Minibatch(Messenger):
         if site_is_subsample(msg) and msg["name"] in self.indices:
             msg["value"] = self.indices[msg["name"]]
             msg["done"] = msg["stop"] = True  # handlers outside see each plate's indices once
+        elif site_is_subsample(msg) and is_recording() and _shows_all(msg["fn"]):
+            with unrecorded():  # indices of all elements are numbers to loop over
+                msg["value"], msg["done"] = msg["fn"].sample(), True
 
     def _pyro_post_sample(self, msg: Site) -> None:
         if site_is_subsample(msg):
             self.indices[msg["name"]] = msg["value"]
+
+
+def _shows_all(indices: Any) -> bool:
+    return indices.subsample_size is None or indices.subsample_size >= indices.size
 
 
 class EnclosingPlates(Messenger):

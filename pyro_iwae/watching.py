@@ -63,7 +63,7 @@ class Arguments:
     def aliases(self) -> tuple[tuple[Any, ...], dict[str, Any], list[Tensor]]:
         """Other tensors with the same numbers, and the arguments with these: closures may hold the same tensors."""
         same: dict[int, Tensor] = {}
-        fresh = [same.setdefault(id(t), t.detach().requires_grad_(t.requires_grad)) for t in self.tensors]
+        fresh = [same.setdefault(id(t), t.detach()) for t in self.tensors]
         rest = iter(fresh)
         found = [next(rest) if kind[0] is Tensor else o for o, kind in zip(self.others, self.kind[1], strict=True)]
         args, kwargs = pytree.tree_unflatten(found, self.tree)
@@ -72,8 +72,13 @@ class Arguments:
 
 def _kind(leaf: Any) -> tuple[Any, ...]:
     if isinstance(leaf, Tensor):
+        if leaf.requires_grad:
+            raise TypeError(
+                "compile=True gives gradients to parameters, not to arguments; got an argument that requires a gradient. "
+                "Pass it detached, make it a pyro.param or a Parameter of a module, or write compile=False"
+            )
         stride = leaf.stride() if leaf.layout is torch.strided else leaf.layout
-        return Tensor, leaf.shape, stride, leaf.dtype, leaf.device, leaf.requires_grad
+        return Tensor, leaf.shape, stride, leaf.dtype, leaf.device
     if not isinstance(leaf, PLAIN):
         raise TypeError(
             "compile=True needs arguments that are tensors, plain values, or lists, tuples and dicts of these, so that "
