@@ -24,6 +24,7 @@ from torch.fx.experimental.proxy_tensor import get_proxy_mode, make_fx
 from torch.overrides import TorchFunctionMode
 
 from pyro_iwae.decisions import unrecorded
+from pyro_iwae.replay import Replay
 
 __all__ = ["Graph", "capture"]
 
@@ -55,24 +56,22 @@ class Graph:
 
     def __call__(self, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
         """Runs the graph on as many tensors as it was recorded with, in place of these."""
-        run = self.module if self.compiled is None else self.compiled
-        return run(*tensors, *[t.detach() for t in self.inputs[len(tensors) :]])
+        return self._run(*self._all(tensors))
 
     def bound(self, tensors: Sequence[Tensor]) -> Callable[[], Tensor]:
         """What runs the graph on these tensors and returns the first output."""
-        run = self.module if self.compiled is None else self.compiled
-        inputs = [*tensors, *[t.detach() for t in self.inputs[len(tensors) :]]]
-        return lambda: run(*inputs)[0]
+        run, inputs = self._run, self._all(tensors)
+        return run.bound(inputs) if isinstance(run, Replay) else lambda: run(*inputs)[0]
 
     def compile(self, tensors: Sequence[Tensor]) -> None:
         """Compiles the graph; where that fails (no C++ compiler, say), it warns and leaves the graph as it is."""
-        inputs = [*tensors, *[t.detach() for t in self.inputs[len(tensors) :]]]
+        inputs: list[Any] = self._all(tensors)
         try:
             import torch._inductor as inductor
 
             with torch.no_grad(), warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # of the compiler's own doings
-                self.compiled = inductor.compile(self.module, inputs, options=OPTIONS)
+                self.compiled = inductor.compile(self.module, inputs, options=dict(OPTIONS))
         except Exception as error:  # whatever the compiler and its tools raise
             reason = next((line for line in str(error).splitlines() if line.strip()), "")
             warnings.warn(
@@ -81,6 +80,30 @@ class Graph:
                 UserWarning,
                 stacklevel=2,
             )
+
+    def launch_together(self, tensors: Sequence[Tensor], copied: slice) -> bool:
+        """Has a GPU launch all kernels as one, where all is on one GPU; whether it does.
+
+        Args:
+            tensors: what it will be run on.
+            copied: which of them may be others at another call.
+        """
+        inputs = self._all(tensors)
+        if self.compiled is None or not Replay.suits(inputs):
+            return False
+        try:
+            with torch.no_grad():
+                self.compiled = Replay(self.compiled, inputs, copied)
+        except RuntimeError:  # an operation that waits for the host, which no CUDA graph can hold
+            return False
+        return True
+
+    @property
+    def _run(self) -> Run:
+        return self.module if self.compiled is None else self.compiled
+
+    def _all(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        return [*tensors, *[t.detach() for t in self.inputs[len(tensors) :]]]
 
 
 def capture(function: Callable[[], Sequence[Tensor]], inputs: Sequence[Tensor]) -> Graph:
@@ -102,9 +125,10 @@ def capture(function: Callable[[], Sequence[Tensor]], inputs: Sequence[Tensor]) 
         if not isinstance(error, _ReadError) and "get value out of a tracing tensor" not in str(error):
             raise
         raise NotImplementedError(
-            f"compile=True records one step, and its course may not depend on numbers in tensors; {_place(error)} reads "
-            "one (if, while, float(), int(), .item(), .tolist(), .numpy(), validate_args=True). Write torch.where, "
-            "masks or enumeration instead, pass what is no parameter as a Python number, or write compile=False"
+            f"compile=True records one step, whose course may not depend on numbers in tensors; {_place(error)} "
+            "reads one (if, while, float(), int(), .item(), .tolist(), .numpy(), validate_args=True). Write "
+            "torch.where, masks or enumeration instead, pass what is no parameter as a Python number, or write "
+            "compile=False"
         ) from error
     found = _lift(module)
     _own_outputs(module)
@@ -115,7 +139,7 @@ def capture(function: Callable[[], Sequence[Tensor]], inputs: Sequence[Tensor]) 
 
 def _own_outputs(module: GraphModule) -> None:
     """Gives each output a storage of its own: a gradient may be a view of the data, or of another gradient."""
-    (output,) = [n for n in module.graph.nodes if n.op == "output"]
+    output: Any = next(n for n in module.graph.nodes if n.op == "output")
     taken, owned = set[Any](), []
     for node in output.args[0]:
         origin = node
@@ -128,7 +152,7 @@ def _own_outputs(module: GraphModule) -> None:
                 )
         taken.add(origin)
         owned.append(node)
-    output.args = (owned,)
+    output.args = (owned,)  # type: ignore[assignment]
 
 
 def _is_view(target: Any) -> bool:

@@ -3,9 +3,9 @@
 
 """Recorded steps: made when a pair is new, run in place of model and guide, and compared with these now and then.
 
-A recorded step reads parameters, data and random numbers anew, and takes all else as it was: Python's numbers, branches,
-the structure of model and guide. What it branched on that hangs on tensors it watches itself (``decisions``); where that
-comes out differently, model and guide run the step.
+A recorded step reads parameters, data and random numbers anew, and takes all else as it was: Python's numbers,
+branches, the structure of model and guide. What it branched on that hangs on tensors it watches itself (``decisions``);
+where that comes out differently, model and guide run the step.
 """
 
 from __future__ import annotations
@@ -47,6 +47,9 @@ class Update(Protocol):
     def prepare(self, leaves: Sequence[Tensor], parameters: Parameters) -> list[list[Tensor]]:
         """The tensors that it changes beside the parameters, by kind."""
 
+    def options(self, leaves: Sequence[Tensor]) -> tuple[Any, ...]:
+        """The numbers that a recording freezes."""
+
     def apply(self, leaves: Sequence[Tensor], gradients: Sequence[Tensor], held: Tensor) -> None:
         """Changes all, but not where ``held`` is true."""
 
@@ -80,6 +83,7 @@ class Step:
         parameters: the parameters that were asked for.
         watched: what must stay as it was.
         state: what an update changes beside the leaves, by kind.
+        options: the update's numbers.
         calls: how often it has run.
         broken: how often in a row it did not hold.
     """
@@ -89,19 +93,23 @@ class Step:
     parameters: Parameters
     watched: Watched
     state: list[list[Tensor]] = field(default_factory=list)
+    options: tuple[Any, ...] = ()
     calls: int = 0
     broken: int = 0
 
     def run(self, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
         """Runs it on these arguments."""
-        kept = [t for kind in self.state for t in kind]
         with torch.no_grad():
-            return self.graph([t.detach() for t in (*self.leaves, *kept, *tensors)])
+            return self.graph(self.tensors(tensors))
 
     def bound(self, tensors: Sequence[Tensor]) -> Callable[[], Tensor]:
         """What runs it on these arguments, again and again, and returns its report: with as little Python as can be."""
+        return self.graph.bound(self.tensors(tensors))
+
+    def tensors(self, arguments: Sequence[Tensor]) -> list[Tensor]:
+        """What the graph is run on."""
         kept = [t for kind in self.state for t in kind]
-        return self.graph.bound([t.detach() for t in (*self.leaves, *kept, *tensors)])
+        return [t.detach() for t in (*self.leaves, *kept, *arguments)]
 
     @property
     def is_due(self) -> bool:
@@ -147,7 +155,7 @@ class CompiledSteps:
         pair = self.cache.key(call.model, call.guide, handlers_around(call.model), handlers_around(call.guide))
         key = (*pair, arguments.kind, options, *_surroundings())
         step = self.cache.recorded.get(key)
-        if step is None or step.broken >= MOST_BROKEN or not step.watched.holds():
+        if step is None or not self._is_valid(step):
             step = self._record(call, arguments, pair)
             self.cache.recorded.pop(key, None)
             if step is None:
@@ -171,6 +179,10 @@ class CompiledSteps:
         step.parameters.announce()
         return Result(loss, report, step.leaves, gradients)
 
+    def _is_valid(self, step: Step) -> bool:
+        same = self.update is None or self.update.options(step.leaves) == step.options
+        return same and step.broken < MOST_BROKEN and step.watched.holds()
+
     def _record(self, call: Call, arguments: Arguments, pair: tuple[Any, ...]) -> Step | None:
         """Makes a recording; None where there are too many, or this is no step to learn from."""
         made = self.cache.made.get(pair, 0)
@@ -185,20 +197,32 @@ class CompiledSteps:
             return None
         leaves = _leaves(loss)
         state = [] if self.update is None else self.update.prepare(leaves, parameters)
+        options = () if self.update is None else self.update.options(leaves)
         buffers = [b for m in modules for b in m._buffers.values() if b is not None]
         inputs = [*leaves, *(t for kind in state for t in kind), *fresh, *buffers]
-        step = Step(Graph.empty(), leaves, parameters, Watched.of(modules, parameters, leaves), state)
+        step = Step(Graph.empty(), leaves, parameters, Watched.of(modules, parameters, leaves), state, options)
         with self._unchanged(step, call), poutine.block():
             step.graph = capture(lambda: self._pass(call, leaves), inputs)
         self.cache.made[pair] = made + 1
         if not self._agrees_twice(step, call, arguments):
             raise RuntimeError(PARTED)
-        with self._unchanged(step, call):
-            step.graph.compile([t.detach() for t in inputs[: len(inputs) - len(buffers)]])
-        if step.graph.compiled is not None and not self._agrees_twice(step, call, arguments):
-            step.graph.compiled = None
-            warnings.warn(MISCOMPILED, UserWarning, stacklevel=4)
+        self._compile(step, call, arguments, fresh)
         return step
+
+    def _compile(self, step: Step, call: Call, arguments: Arguments, fresh: Sequence[Tensor]) -> None:
+        """Makes the recording fast, where that gives the same numbers."""
+        tensors = step.tensors(fresh)
+        with self._unchanged(step, call):
+            step.graph.compile(tensors)
+        compiled = step.graph.compiled
+        if compiled is not None and not self._agrees_twice(step, call, arguments):
+            step.graph.compiled = None
+            warnings.warn(MISCOMPILED, UserWarning, stacklevel=5)
+            return
+        with self._unchanged(step, call):
+            together = step.graph.launch_together(tensors, slice(len(tensors) - len(fresh), len(tensors)))
+        if together and not self._agrees_twice(step, call, arguments):
+            step.graph.compiled = compiled
 
     def _probe(self, call: Call) -> tuple[Parameters, Tensor]:
         """Runs model and guide, until what there is to know of them is settled."""
@@ -228,7 +252,7 @@ class CompiledSteps:
 
     def _agrees_twice(self, step: Step, call: Call, arguments: Arguments) -> bool:
         """Whether they agree, be it only on the second noise: rounding may turn over a discrete draw, but not often."""
-        return self._agrees(step, call, arguments, 0) or self._agrees(step, call, arguments, 1)
+        return any(self._agrees(step, call, arguments, further) for further in (1, 2))  # not the noise of the recording
 
     def _agrees(self, step: Step, call: Call, arguments: Arguments, further: int) -> bool:
         device = next(iter(step.leaves), torch.empty(0)).device
@@ -349,6 +373,6 @@ TOO_MANY = (
     "guide in poutine.scale or poutine.mask once and not at each step, or write compile=False"
 )
 MISCOMPILED = (
-    "the compiled step and the recording that it was compiled from gave different numbers, so that the recording is run "
-    "as a graph of single operations, which is right and slower"
+    "the compiled step and the recording that it was compiled from gave different numbers, so that the recording is "
+    "run as a graph of single operations, which is right and slower"
 )

@@ -128,7 +128,7 @@ class CompiledSVI:
         call, done = Call(self.model, self.guide, args, kwargs), 0
         while done < num_steps:
             with torch.enable_grad():
-                found = self._recorded.find(call, (*self._plain._options, *self._update.options()))
+                found = self._recorded.find(call, self._plain._options)
             if found is not None:
                 try:
                     for loss in self._recorded_steps(*found, num_steps - done):

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
@@ -199,8 +200,7 @@ def joined(
 
 
 def _elements(sizes: Sequence[int]) -> list[tuple[int, ...]]:
-    grid = torch.cartesian_prod(*(torch.arange(n) for n in sizes)).reshape(-1, len(sizes))
-    return [tuple(row) for row in grid.tolist()]
+    return list(itertools.product(*(range(n) for n in sizes)))
 
 
 # Enumerated sites

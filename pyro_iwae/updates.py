@@ -3,7 +3,8 @@
 
 """The optimiser as tensor operations, so that it can be a part of a recorded step.
 
-The state stays where Pyro's optimiser keeps it, in ``optim.optim_objs``: it saves, loads, and goes on under plain ``SVI``.
+The state stays where Pyro's optimiser keeps it, in ``optim.optim_objs``: it saves, loads, and goes on under plain
+``SVI``.
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ class Slot:
     state: dict[str, Tensor]
     count: Tensor
     first_lr: float  # before any decay, so that the rate follows from the count
+    settled_lr: float  # what the optimiser was last told
 
     @property
     def group(self) -> dict[str, Any]:
@@ -60,21 +62,27 @@ class OptimizerUpdate:
     def __init__(self, optim: PyroOptim) -> None:
         if not isinstance(optim, PyroOptim):
             raise TypeError(f"expected optim to be {SUPPORTED}, got {optim!r}; torch's optimisers go with compile=True")
-        rule = RULES.get(optim.pt_optim_constructor)
+        constructor: Any = optim.pt_optim_constructor
+        rule = RULES.get(constructor)
         if rule is None:
-            name = getattr(optim.pt_optim_constructor, "__name__", repr(optim.pt_optim_constructor))
+            name = getattr(constructor, "__name__", repr(constructor))
             raise TypeError(
                 f"expected optim to be {SUPPORTED}, got {name}; write SVI(model, guide, optim, "
                 "ImportanceWeightedELBO(compile=True)), which leaves the update to the optimiser itself"
             )
-        self.optim, self.rule = optim, rule
+        self.optim: Any = optim  # Pyro's types say str where it takes tensors
+        self.rule = rule
         self.slots: dict[Tensor, Slot] = {}
 
-    def options(self) -> tuple[Any, ...]:
+    def options(self, leaves: Sequence[Tensor]) -> tuple[Any, ...]:
         """The numbers that a recording freezes: a new rate asks for a new recording."""
+        slots = [self.slots[leaf] for leaf in leaves if leaf in self.slots]
+        for slot in slots:
+            if slot.group["lr"] != slot.settled_lr:  # somebody has changed it
+                slot.first_lr = _first_lr(slot.group, int(slot.count))
+                slot.settled_lr = slot.group["lr"]
         return tuple(
-            (*(v for k, v in slot.group.items() if k not in ("params", "lr")), slot.first_lr, *slot.clip.items())
-            for slot in self.slots.values()
+            (slot.first_lr, *(v for k, v in slot.group.items() if k not in ("params", "lr"))) for slot in slots
         )
 
     def prepare(self, leaves: Sequence[Tensor], parameters: Parameters) -> list[list[Tensor]]:
@@ -104,7 +112,7 @@ class OptimizerUpdate:
             if "step" in slot.kept:
                 count = int(slot.count)
                 slot.kept["step"] = torch.tensor(float(count)) if isinstance(slot.kept["step"], Tensor) else count
-            slot.group["lr"] = slot.first_lr * slot.group.get("lrd", 1.0) ** int(slot.count)
+            slot.group["lr"] = slot.settled_lr = slot.first_lr * slot.group.get("lrd", 1.0) ** int(slot.count)
 
     def refresh(self) -> None:
         """Learns from the optimiser how often it has been applied, and its rate."""
@@ -115,7 +123,7 @@ class OptimizerUpdate:
                     tensor.copy_(held)
                     slot.kept[name] = tensor
             slot.count.fill_(_count(slot.kept))
-            slot.first_lr = _first_lr(slot.group, slot.kept)
+            slot.first_lr, slot.settled_lr = _first_lr(slot.group, _count(slot.kept)), slot.group["lr"]
 
     def _slot(self, parameter: Tensor) -> Slot:
         if parameter not in self.slots:
@@ -128,7 +136,8 @@ class OptimizerUpdate:
                     kept[name] = make(parameter)
             state = {n: v for n, v in kept.items() if isinstance(v, Tensor) and n != "step"}
             clip = dict(self.optim._get_grad_clip_args(parameter))
-            self.slots[parameter] = Slot(parameter, optimizer, clip, state, count, _first_lr(group, kept))
+            first = _first_lr(group, int(count))
+            self.slots[parameter] = Slot(parameter, optimizer, clip, state, count, first, group["lr"])
         return self.slots[parameter]
 
     def _optimizer(self, parameter: Tensor) -> torch.optim.Optimizer:
@@ -148,8 +157,8 @@ def _count(kept: dict[str, Any]) -> int:
     return int(kept["step"]) if "step" in kept else int(kept.get("momentum_buffer") is not None)
 
 
-def _first_lr(group: dict[str, Any], kept: dict[str, Any]) -> float:
-    return float(group["lr"]) / float(group.get("lrd", 1.0)) ** _count(kept)
+def _first_lr(group: dict[str, Any], count: int) -> float:
+    return float(group["lr"]) / float(group.get("lrd", 1.0)) ** count
 
 
 def _clipped(gradient: Tensor, clip_norm: float | None = None, clip_value: float | None = None) -> Tensor:

@@ -74,8 +74,8 @@ def _kind(leaf: Any) -> tuple[Any, ...]:
     if isinstance(leaf, Tensor):
         if leaf.requires_grad:
             raise TypeError(
-                "compile=True gives gradients to parameters, not to arguments; got an argument that requires a gradient. "
-                "Pass it detached, make it a pyro.param or a Parameter of a module, or write compile=False"
+                "compile=True gives gradients to parameters, not to arguments; got an argument that requires a "
+                "gradient. Pass it detached, make it a pyro.param or a Parameter of a module, or write compile=False"
             )
         stride = leaf.stride() if leaf.layout is torch.strided else leaf.layout
         return Tensor, leaf.shape, stride, leaf.dtype, leaf.device
@@ -106,10 +106,10 @@ class Parameters(Messenger):
             return
         with torch.no_grad():
             for name, (leaf, constraint) in self.found.items():
-                value = leaf if constraint is constraints.real else transform_to(constraint)(leaf)
-                value.unconstrained = weakref.ref(leaf)  # type: ignore[attr-defined]
+                value: Any = leaf if constraint is constraints.real else transform_to(constraint)(leaf)
+                value.unconstrained = weakref.ref(leaf)
 
-                def given(*_: Any, value: Tensor = value, **__: Any) -> Tensor:
+                def given(*_: Any, value: Any = value, **__: Any) -> Tensor:
                     return value
 
                 effectful(given, type="param")(name, name=name)
