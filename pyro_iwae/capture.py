@@ -152,11 +152,11 @@ def _own_outputs(module: GraphModule) -> None:
                 )
         taken.add(origin)
         owned.append(node)
-    output.args = (owned,)  # type: ignore[assignment]
+    output.args = (owned,)
 
 
 def _is_view(target: Any) -> bool:
-    returns = target._schema.returns if isinstance(target, torch._ops.OpOverload) else ()
+    returns: Any = target._schema.returns if isinstance(target, torch._ops.OpOverload) else ()
     return bool(returns) and returns[0].alias_info is not None
 
 

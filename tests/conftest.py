@@ -15,6 +15,9 @@ from pyro.poutine.runtime import _DIM_ALLOCATOR, _PYRO_STACK
 
 SEED = os.environ.get("PYRO_IWAE_TEST_SEED", "0")  # another value makes every random stream another one
 
+if "PYRO_IWAE_TEST_DEVICE" in os.environ:  # "cuda", say
+    torch.set_default_device(os.environ["PYRO_IWAE_TEST_DEVICE"])
+
 settings.register_profile(
     "default",
     deadline=None,
