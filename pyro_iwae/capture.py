@@ -89,11 +89,11 @@ class Graph:
             copied: which of them may be others at another call.
         """
         inputs = self._all(tensors)
-        if self.compiled is None or not Replay.suits(inputs):
+        if not Replay.suits(inputs):
             return False
         try:
             with torch.no_grad():
-                self.compiled = Replay(self.compiled, inputs, copied)
+                self.compiled = Replay(self._run, inputs, copied)
         except RuntimeError:  # an operation that waits for the host, which no CUDA graph can hold
             return False
         return True
@@ -169,6 +169,12 @@ def _lift(module: GraphModule) -> list[Tensor]:
         if all(user.target is fresh for user in node.users):
             continue
         tensor = getattr(module, str(node.target))
+        if not isinstance(tensor, Tensor):
+            raise NotImplementedError(
+                f"compile=True records operations on tensors; the step computes with a {type(tensor).__name__} of its "
+                "own, which would not go on from step to step. Use torch's global generator, draw fixed numbers "
+                "outside of model and guide, or write compile=False"
+            )
         if id(tensor) not in found:
             place = module.graph.inserting_after(after) if after else module.graph.inserting_before()
             with place:

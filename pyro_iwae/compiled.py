@@ -214,11 +214,10 @@ class CompiledSteps:
         tensors = step.tensors(fresh)
         with self._unchanged(step, call):
             step.graph.compile(tensors)
-        compiled = step.graph.compiled
-        if compiled is not None and not self._agrees_twice(step, call, arguments):
+        if step.graph.compiled is not None and not self._agrees_twice(step, call, arguments):
             step.graph.compiled = None
             warnings.warn(MISCOMPILED, UserWarning, stacklevel=5)
-            return
+        compiled = step.graph.compiled
         with self._unchanged(step, call):
             together = step.graph.launch_together(tensors, slice(len(tensors) - len(fresh), len(tensors)))
         if together and not self._agrees_twice(step, call, arguments):

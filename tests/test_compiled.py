@@ -16,6 +16,8 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from hypothesis import given, note, settings
+from hypothesis import strategies as st
 from pyro import poutine
 from pyro.infer import SVI, TraceEnum_ELBO
 from pyro.infer.autoguide import AutoDelta, AutoGuideList, AutoIAFNormal, AutoMultivariateNormal, AutoNormal
@@ -38,6 +40,8 @@ from pyro_iwae import (
 )
 from pyro_iwae import compiled as compiled_module
 from pyro_iwae.capture import Graph
+from tests.programs import programs
+from tests.trees import tree_programs
 
 
 @pytest.fixture(autouse=True)
@@ -650,7 +654,7 @@ def test_recordings_are_forgotten_with_their_model():
     [
         lambda z: 1.0 if z.sum() > 0.0 else 2.0,
         lambda z: 1.0 + abs(z.sum().item()),
-        lambda z: 1.0 + abs(float(z.detach().numpy().sum())),
+        lambda z: 1.0 + abs(float(z.detach().cpu().numpy().sum())),
         lambda z: 1.0 + abs(z.detach().tolist()[0]),
         lambda z: 1.0 + abs(int(pyro.param("bare", torch.tensor(1.0)))),
     ],
@@ -670,6 +674,15 @@ def test_numbers_read_out_of_tensors_are_refused(reads):
     with pytest.raises(NotImplementedError, match=r"scale = reads|lambda z.*test_compiled.py, line") as raised:
         elbo.loss_and_grads(model, guide, X)
     assert "compile=False" in str(raised.value)
+
+
+def test_generators_of_the_models_own_are_refused():
+    def model(x):
+        fixed = torch.randn(len(x), generator=torch.Generator(x.device).manual_seed(0), device=x.device)
+        flat_model(x + fixed)
+
+    with pytest.raises(NotImplementedError, match="Generator of its own"):
+        ImportanceWeightedELBO(num_particles=4, compile=True).loss_and_grads(model, flat_guide, X)
 
 
 def test_handlers_around_the_step_are_refused():
@@ -836,3 +849,68 @@ def test_guide_enumeration_with_one_particle_is_refused():
     assert ImportanceWeightedELBO(num_particles=1).loss(coin_model, guide, X) == pytest.approx(
         TraceEnum_ELBO(max_plate_nesting=1).loss(coin_model, guide, X), rel=1.0
     )
+
+
+def as_recorded(recorded, plain, program):
+    """Compares gradients and losses of three steps of a random program."""
+    try:
+        recorded.loss_and_grads(program.model, program.guide)
+    except ValueError:  # what the step itself refuses
+        with pytest.raises(ValueError):
+            plain.loss_and_grads(program.model, program.guide)
+        return
+    except NotImplementedError:  # the indices of a minibatch are numbers to loop over
+        assert any(p.dim is None and p.shown for p in program.plates)
+        return
+    for p in parameters().values():
+        p.grad = None
+    batches = [(), (), ()]
+    found = losses_and_gradients(recorded, program.model, program.guide, batches, program.seed)
+    assert_alike(found, losses_and_gradients(plain, program.model, program.guide, batches, program.seed), 1e-8)
+
+
+def with_fixed_data(program, draws):
+    """The same program, whose data are drawn once, and not by a generator of its own in every run."""
+    fixed = getattr(program, draws)()
+
+    def parameters_and_data():
+        store = pyro.get_param_store()
+        return {n: pyro.param(_stored(n)) if _stored(n) in store else v for n, v in fixed.items()}
+
+    object.__setattr__(program, draws, parameters_and_data)
+    return program
+
+
+def _stored(name):
+    """A parameter's name in the store: data have none."""
+    return name if name.startswith(("q_", "x_")) else f"p_{name}"
+
+
+@pytest.mark.usefixtures("double")
+@settings(max_examples=max(1, settings().max_examples // 12))
+@given(
+    programs(),
+    st.sampled_from([Pathwise(), StickTheLanding(), DoublyReparameterized(), SampledBackward(draws=2)]),
+    st.sampled_from([VIMCO(), OVIS()]),
+)
+def test_random_programs_are_recorded(program, gradient, score):
+    note(program)
+    pyro.clear_param_store()
+    pyro.set_rng_seed(program.seed)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        plain, recorded = both(num_particles=3, gradient=gradient, score=score)
+        as_recorded(recorded, plain, with_fixed_data(program, "parameters"))
+
+
+@pytest.mark.usefixtures("double")
+@settings(max_examples=max(1, settings().max_examples // 40))
+@given(tree_programs(), st.sampled_from([Pathwise(), StickTheLanding(), DoublyReparameterized()]))
+def test_random_trees_are_recorded(program, gradient):
+    note(program)
+    pyro.clear_param_store()
+    pyro.set_rng_seed(program.seed)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        plain, recorded = both(num_particles=2, gradient=gradient, plate_particles=program.plate_particles)
+        as_recorded(recorded, plain, with_fixed_data(program, "numbers"))
