@@ -126,6 +126,6 @@ def particle_plates(
     def around(fn: Program) -> Program:
         for size, dim, holds in plates:
             fn = ParticlePlate(f"{PARTICLES}{-dim}", size, dim=dim, holds=holds, spreads=spreads)(fn)
-        return outside(fn)
+        return outside(fn) if outside.frames else fn
 
     return around
