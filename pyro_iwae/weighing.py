@@ -327,11 +327,12 @@ def _own_weights(table: Sequence[Sequence[Term]], layout: Layout, shape: Sequenc
         return joined([[(t.element, part(t)) for t in terms] for terms in table], layout, shape)
 
     log_weights = whole(lambda t: t.value)
+    scored = any(t.score is not None for terms in table for t in terms)
     return LogWeights(
         torch.zeros(shape) if log_weights is None else log_weights,  # no site at all
         plates=tuple(p.name for p in layout.plates),
-        score=whole(lambda t: t.score),
-        score_log_q=whole(lambda t: t.score_log_q),
+        score=whole(lambda t: t.score) if scored else None,
+        score_log_q=whole(lambda t: t.score_log_q) if scored else None,
         score_scale=_score_scale(table),
     )
 
