@@ -91,8 +91,15 @@ class ParticlePlate(IndepMessenger):
     def _process_message(self, msg: Site) -> None:
         if not site_is_subsample(msg) and (msg["type"] != "sample" or self.holds(msg)):
             super()._process_message(msg)
-            if self.spreads:
+            if self.spreads and not _is_spread(msg):
                 BroadcastMessenger._pyro_sample(msg)
+
+
+def _is_spread(msg: Site) -> bool:
+    """Whether the site's distribution has all dimensions of its plates, so that expanding it would only copy it."""
+    shape = getattr(msg["fn"], "batch_shape", ())
+    frames = [f for f in msg["cond_indep_stack"] if f.dim is not None and f.size != -1]
+    return all(len(shape) >= -f.dim and shape[f.dim] == f.size for f in frames)
 
 
 ENCLOSING = "pyro_iwae_enclosing"  # a message that nobody handles: only plates leave their mark on it
@@ -134,6 +141,6 @@ def particle_plates(
     def around(fn: Program) -> Program:
         for size, dim, holds in plates:
             fn = ParticlePlate(f"{PARTICLES}{-dim}", size, dim=dim, holds=holds, spreads=spreads)(fn)
-        return outside(fn)
+        return outside(fn) if outside.frames else fn
 
     return around

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from jaxtyping import Float
@@ -101,7 +102,7 @@ class LogMean(Totals):
     @classmethod
     def of(cls, log_weights: Float[Tensor, "particles *plates"], power: float = 1.0) -> LogMean:
         """Totals of one block of particles."""
-        terms = log_weights.detach() * power
+        terms = log_weights.detach() if power == 1.0 else log_weights.detach() * power
         largest, position = terms.max(0, keepdim=True)
         rest = terms.scatter(0, position, -math.inf).logsumexp(0)
         return cls(largest.squeeze(0), rest, terms.shape[0], power)
@@ -117,12 +118,12 @@ class LogMean(Totals):
     def is_bound(self) -> bool:
         return self.power == 1.0 or self.count == 1
 
-    @property
+    @cached_property
     def log_sum(self) -> Float[Tensor, "*plates"]:
         """Log-sum-exp over all particles."""
         return torch.logaddexp(self.largest, self.rest)
 
-    @property
+    @cached_property
     def value(self) -> Float[Tensor, "*plates"]:
         return (self.log_sum - math.log(self.count)) / self.power
 

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -44,11 +45,14 @@ class Pair:
     cuts: Mapping[str, CutSite] = field(default_factory=dict)
     place: Mapping[int, int] = field(default_factory=dict)
 
-    def sites(self) -> Iterator[tuple[str, str, Site]]:
+    def sites(self) -> tuple[tuple[str, str, Site], ...]:
         """(role, name, site) for all sample sites of both."""
-        for role, trace in (("model", self.model), ("guide", self.guide)):
-            for name, site in sample_sites(trace):
-                yield role, name, site
+        return self._sites
+
+    @cached_property  # a pair's traces neither gain nor lose sites, and a step goes through them ten times
+    def _sites(self) -> tuple[tuple[str, str, Site], ...]:
+        traces = (("model", self.model), ("guide", self.guide))
+        return tuple((role, name, site) for role, trace in traces for name, site in sample_sites(trace))
 
 
 @dataclass(frozen=True)
@@ -130,7 +134,7 @@ def run_pair(
         replay: runs the model on a guide's trace; None runs it as a whole.
     """
     recording = Recording() if recording is None else recording
-    given = SetValues(values or {})
+    given: Any = SetValues(values) if values else nullcontext()
     cutting = CutValues(recording.leaves_out, values or ()) if recording.cut else nullcontext(None)
     around_guide = around if around_guide is None else around_guide
     of_model = nullcontext if recording.model else torch.no_grad
@@ -280,6 +284,8 @@ def require_site_shapes(pair: Pair, max_plate_nesting: Any) -> None:
 def _for_all_particles(log_prob: Tensor, site: Site) -> Tensor:
     """The log density with all dimensions of particles, also where it is the same for all."""
     sizes = {f.dim: f.size for f in site["cond_indep_stack"] if f.name.startswith(PARTICLES)}
+    if all(log_prob.dim() >= -dim and log_prob.shape[dim] == size for dim, size in sizes.items()):
+        return log_prob
     width = max([log_prob.dim(), *(-dim for dim in sizes)])
     log_prob = log_prob.reshape((1,) * (width - log_prob.dim()) + log_prob.shape)
     return log_prob.expand([sizes.get(d, n) if n == 1 else n for d, n in enumerate(log_prob.shape, -width)])

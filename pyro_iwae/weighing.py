@@ -131,19 +131,22 @@ def weigh_particles(
         if structure.run == known.run:
             raise
         pairs = run(structure)
-    if not structure.describes(pairs[0], num_particles):
+    described = structure.describes(pairs[0], num_particles)
+    if not described:
         before = structure.run
         found = cache.find(key, structure.signature_of(pairs[0], num_particles))
         structure = found if found is not None and found.settled else look()
         cache.store(key, structure)
         if structure.run != before:
             pairs = run(structure)
+        described = structure.describes(pairs[0], num_particles)
+    described = described and all(structure.describes(p, num_particles) for p in pairs[1:])
     for pair in pairs:
         require_apart(pair, structure.run, num_particles)
         require_site_shapes(pair, structure.run.width(num_particles))
     if recording.cut:
         _announce_cuts(pairs[0], cache.said)
-    layouts = _common_layouts(structure, pairs, num_particles)
+    layouts = _common_layouts(structure, pairs, num_particles, alike=described)
     if averaged:
         require_full_plates(pairs[0], layouts, structure.run.tree, num_particles)
     weights = weigh(pairs, layouts, structure.run, num_particles, cut=recording.cut)
@@ -155,10 +158,10 @@ def _switch(value: Any) -> bool | None:
     return bool(value) if isinstance(value, bool | int | float) else None
 
 
-def _common_layouts(structure: Structure, pairs: Sequence[Pair], num_particles: int) -> list[Layout]:
+def _common_layouts(structure: Structure, pairs: Sequence[Pair], num_particles: int, *, alike: bool) -> list[Layout]:
     """The columns that all runs have; one weight for everything where sites change from particle to particle."""
     layouts = structure.layouts(pairs[0], num_particles)
-    if all(structure.describes(p, num_particles) for p in pairs):
+    if alike:
         return layouts
     if structure.run.vectorized and num_particles > 1:
         raise ValueError(
@@ -290,12 +293,12 @@ def weigh(
     for i in reversed(range(len(layouts))):
         node = replace(_own_weights(tables[i], layouts[i], shapes[i]), cut=cuts[i])
         if i == 0:
-            tempered = any(not same_scale(own_scale(s), 1.0) for s in weighed_sites(pairs[0], layouts[0]))
+            sites = weighed_sites(pairs[0], layouts[0]) if common is None else []
             node = replace(
                 node,
                 scale=layouts[0].scale * (1.0 if common is None else common),
                 constant=constants_of(tables[0]),
-                tempered=common is None and tempered,
+                tempered=any(not same_scale(own_scale(s), 1.0) for s in sites),
             )
         else:
             _require_inside(tables[i], tree.nodes[i].plate)
@@ -325,11 +328,12 @@ def _own_weights(table: Sequence[Sequence[Term]], layout: Layout, shape: Sequenc
         return joined([[(t.element, part(t)) for t in terms] for terms in table], layout, shape)
 
     log_weights = whole(lambda t: t.value)
+    scored = any(t.score is not None for terms in table for t in terms)
     return LogWeights(
         torch.zeros(shape) if log_weights is None else log_weights,  # no site at all
         plates=tuple(p.name for p in layout.plates),
-        score=whole(lambda t: t.score),
-        score_log_q=whole(lambda t: t.score_log_q),
+        score=whole(lambda t: t.score) if scored else None,
+        score_log_q=whole(lambda t: t.score_log_q) if scored else None,
         score_scale=_score_scale(table),
     )
 
@@ -402,6 +406,8 @@ Subsampled = tuple[Site, CondIndepStackFrame, set[int]]
 def subsampled_inside(pair: Pair, layouts: Sequence[Layout], tree: Tree) -> Iterator[Subsampled]:
     """Sites in subsampled plates, and the nodes inside whose logarithm the plate's scale stands: with one particle."""
     if not any(True for t in (pair.model, pair.guide) for _ in latent_sites(t)):
+        return
+    if not any(is_subsampled(f) for _, _, s in pair.sites() for f in s["cond_indep_stack"]):
         return
     for i, layout in enumerate(layouts):
         for site in filter(layout.holds, weighed_sites(pair, layouts[0])):
