@@ -1,0 +1,88 @@
+# Copyright Contributors to the pyro_iwae project.
+# SPDX-License-Identifier: Apache-2.0
+
+"""NumPyro's peers, which run in a process of their own and take their turn when asked."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import numpy as np
+
+from support.peers import MANY
+from support.problems import SCALE, make_problem
+
+UPDATE, SCAN, GRADIENT = "NumPyro, jitted update", "NumPyro, scanned updates", "NumPyro, jitted gradient"
+STEPS = {"update": {UPDATE: 1, SCAN: MANY}, "gradient": {GRADIENT: 1}}
+
+
+def is_installed():
+    return importlib.util.find_spec("numpyro") is not None
+
+
+class Server:
+    """The process; ``with`` ends it."""
+
+    def __init__(self, threads, device="cpu"):
+        environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+        environment |= {"JAX_PLATFORMS": device, "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
+        environment |= {"MALLOC_MMAP_THRESHOLD_": "65536"} if device == "cpu" else {}
+        script = Path(__file__).with_name("numpyro_server.py")
+        self.process = subprocess.Popen(
+            [sys.executable, str(script), str(threads)],
+            env=environment,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exception):
+        self.process.stdin.close()
+        self.process.wait()
+        self.process.stdout.close()
+
+    def ask(self, do, **request):
+        print(json.dumps({"do": do, **request}), file=self.process.stdin, flush=True)
+        answer = self.process.stdout.readline()
+        if not answer:
+            raise RuntimeError(f"NumPyro's process ended while it was asked to {do} {request}; its errors are above")
+        return json.loads(answer)
+
+
+class NumPyroPeer:
+    """What ``peers.Peer`` does, done over there."""
+
+    def __init__(self, name, server, sizes, *, problem, particles, work, **_):
+        self.name, self.server, self.steps = name, server, STEPS[work][name]
+        with tempfile.TemporaryDirectory() as folder:
+            arrays = Path(folder, "arrays.npz")
+            np.savez(arrays, **numbers(make_problem(problem, sizes)))
+            request = {"particles": particles, "work": work, "steps": self.steps, "scale": SCALE}
+            self.seconds = server.ask("make", name=name, problem=problem, arrays=str(arrays), **request)
+
+    def first(self):
+        return self.seconds
+
+    def step(self):
+        return self.server.ask("step", name=self.name)
+
+    def losses(self, count):
+        return self.server.ask("losses", name=self.name, count=count)
+
+    def memory(self):
+        return self.server.ask("memory", name=self.name)
+
+
+def numbers(problem):
+    """Data in order; starting values of latents, or the weights of networks, by name."""
+    found = {f"arg{i}": value for i, value in enumerate(problem.args)}
+    named = problem.start or dict(problem.module.named_parameters())
+    found |= {f"start:{name}": value for name, value in named.items()}
+    return {name: value.detach().numpy() for name, value in found.items()}
