@@ -20,7 +20,7 @@ import tempfile
 
 import matplotlib.pyplot as plt
 import torch
-from support import arguments, keep, provenance, spread, surroundings
+from support import device_name, keep, peer_arguments, provenance, spread, surroundings
 from support.by_hand import BY_HAND, elbo_loss
 from support.figures import style
 from support.fresh import in_fresh_process
@@ -288,17 +288,10 @@ def picture(result):
     return figure
 
 
-def device_name(device):
-    return torch.cuda.get_device_name() if device == "cuda" else "the CPU"
-
-
 def main():
-    parser = arguments(__doc__)
-    parser.add_argument("--alone", type=json.loads, help="print first step and memory of one peer, and nothing else")
-    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser = peer_arguments(__doc__)
     parser.add_argument("--repeats", type=int, default=300, help="rounds of each case, at most")
     parser.add_argument("--seconds", type=float, default=10.0, help="time of each case, above which rounds end")
-    parser.add_argument("--quiet", action="store_true", help="no progress bars")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
