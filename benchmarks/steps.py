@@ -20,27 +20,15 @@ import tempfile
 
 import matplotlib.pyplot as plt
 import torch
-from support import device_name, keep, peer_arguments, provenance, spread, surroundings
+from support import asked, device_name, keep, peer_arguments, provenance, spread, surroundings
+from support.asked import AUTOENCODER, SCHOOLS, case, cells, title
 from support.by_hand import BY_HAND, elbo_loss
 from support.figures import style
 from support.fresh import in_fresh_process
 from support.markdown import duration, markdown, three
 from support.memory import extra_memory
-from support.numpyro_peers import SCAN, STEPS, UPDATE, NumPyroPeer, Server, is_installed
-from support.peers import (
-    BY_COMPILER,
-    COMPILED,
-    DISTRIBUTIONS,
-    EAGER,
-    OURS,
-    PEERS,
-    RENYI,
-    SVI_RUN,
-    SVI_STEP,
-    TRACE,
-    LeftOut,
-    Peer,
-)
+from support.numpyro_peers import SCAN, STEPS, UPDATE, NumPyroPeer, Server, is_installed, numpyro_alone
+from support.peers import BY_COMPILER, COMPILED, EAGER, OURS, PEERS, SVI_RUN, SVI_STEP, TRACE, LeftOut, Peer
 from support.problems import SMALL, Sizes, make_problem
 from support.turns import compare, in_turns, require_agreement
 from tqdm import tqdm
@@ -48,12 +36,6 @@ from tqdm import tqdm
 LOOPS = (SVI_RUN, SCAN)  # many steps in each call: where steps are short
 COMPILES = (COMPILED, SVI_STEP, BY_COMPILER)
 
-
-def case(problem, particles, work="update", batch=20):
-    return {"problem": problem, "particles": particles, "work": work, "batch": batch}
-
-
-SCHOOLS, AUTOENCODER = case("eight schools", 64), case("VAE", 50, "gradient", 100)
 AGREE = {"eight schools": 300, "regression": 50, "VAE": 20}  # losses of each peer
 CASES = [
     *(case("eight schools", k) for k in (1, 64, 500, 5000)),
@@ -63,18 +45,6 @@ CASES = [
 ]
 ALONE = [SCHOOLS, case("VAE", 50), case("VAE", 5000)]
 SMOKE = [case("eight schools", 3), case("regression", 3), case("VAE", 3, "gradient")]
-
-# case, peer, of which other peer, at most
-ASKED = [
-    (SCHOOLS, SVI_STEP, RENYI, 0.05),
-    (SCHOOLS, SVI_STEP, UPDATE, 0.5),
-    (SCHOOLS, SVI_RUN, SCAN, None),
-    (SCHOOLS, COMPILED, RENYI, 0.2),
-    (AUTOENCODER, COMPILED, EAGER, 0.85),
-    (AUTOENCODER, COMPILED, BY_COMPILER, 1.1),
-    (AUTOENCODER, OURS, EAGER, 1.15),
-    (AUTOENCODER, OURS, DISTRIBUTIONS, 1.08),
-]
 
 
 def settings(where, options):
@@ -134,7 +104,7 @@ def measure(where, server, options, left_out, agree):
 def ratios(where, taken):
     """Those asked of this case: of the medians, and the spread of those in one round."""
     rows = []
-    for asked_of, peer, other, limit in ASKED:
+    for asked_of, peer, other, limit in asked.STEPS:
         if asked_of == where and peer in taken and other in taken:
             pairs = [a / b for a, b in zip(taken[peer], taken[other], strict=True)]
             ratio = statistics.median(taken[peer]) / statistics.median(taken[other])
@@ -165,10 +135,8 @@ def all_alone(options, left_out):
                 bar.set_postfix_str(name)
                 rows.append({**where, "peer": name, **in_own_cache(where, name, options)})
         if is_installed() and not options.smoke:
-            with Server(options.threads, options.device) as server:
-                peer = NumPyroPeer(UPDATE, server, **settings(where, options))
-                peer.step()
-                rows.append({**where, "peer": UPDATE, "first": peer.first(), "bytes": peer.memory()})
+            found = numpyro_alone(options.threads, **settings(where, options))
+            rows.append({**where, "peer": UPDATE, **found})
     return rows
 
 
@@ -204,27 +172,18 @@ def sweep_of(result, problem):
     return [c for c in result["cases"] if c["problem"] == problem and c["work"] == "update"]
 
 
-def title(where):
-    work = "loss and gradient" if where["work"] == "gradient" else "loss, gradient and Adam"
-    batch = f", batch of {where['batch']}" if where["problem"] == "VAE" else ""
-    return f"{where['problem']}, K = {where['particles']:,}{batch} ({work})"
-
-
-def verdict(row):
-    if row["asked"] is None:
-        return "reported"
-    return "holds" if row["ratio"] <= row["asked"] else "FAILS"
-
-
 def table(result):
     lines = ["# Time of a step", "", "## Asked and measured", ""]
-    lines += ["Ratio of median times; in parentheses, quartiles of the ratios within one round.", ""]
+    threads = result["machine"]["threads"]
+    lines += [
+        "Ratio of median times; in parentheses, quartiles of the ratios within one round. One round of warm-up, after "
+        f"each peer's first step. {threads} thread(s) for PyTorch, {threads} core(s) for NumPyro.",
+        "",
+    ]
     rows = []
     for where in result["cases"]:
         for r in where["ratios"]:
-            inside = f"{r['rounds']['lower quartile']:.3f} to {r['rounds']['upper quartile']:.3f}"
-            asked = "" if r["asked"] is None else f"{r['asked']:g}"
-            rows.append([title(where), r["peer"], r["of"], asked, f"{r['ratio']:.3f} ({inside})", verdict(r)])
+            rows.append([title(where), r["peer"], r["of"], *cells(r, r["asked"])])
     lines += markdown(["case", "peer", "of", "at most", "measured", ""], rows)
     for name, reason in result["left out"].items():
         lines += ["", f"Left out: {name}: {reason}."]
@@ -245,7 +204,8 @@ def table(result):
     )
     lines += ["", "## First step and peak memory, each in a fresh process", ""]
     lines += [
-        "Nothing compiled before, and, in parentheses, with what an earlier process has compiled still there.",
+        "In parentheses, with what an earlier process has compiled still there; else nothing is. Memory is what a "
+        "later step takes; of NumPyro, what compiling takes, too.",
         "",
     ]
     rows = [

@@ -12,7 +12,7 @@ import math
 
 import torch
 from torch import distributions as dist
-from torch import nn
+from torch import nn, randn
 from torch.nn import functional
 
 from support.problems import SCALE
@@ -54,7 +54,7 @@ class MeanField(nn.Module):
     def draw(self, particles):
         """The parts of the vector, and their log density."""
         scale = functional.softplus(self.raw)
-        noise = torch.randn(particles, len(self.loc), device=self.loc.device, dtype=self.loc.dtype)
+        noise = randn(particles, len(self.loc), device=self.loc.device, dtype=self.loc.dtype)
         log_q = (-0.5 * noise.square() - scale.log() - HALF_LOG_TAU).sum(-1)
         return (self.loc + scale * noise).split(self.sizes, -1), log_q
 
@@ -107,7 +107,7 @@ class Autoencoder(nn.Module):
 
     def log_weights(self, particles, x):
         loc, log_scale = self.encoder(x).chunk(2, -1)
-        noise = torch.randn(particles, *loc.shape, device=x.device, dtype=loc.dtype)
+        noise = randn(particles, *loc.shape, device=x.device, dtype=loc.dtype)
         z = loc + log_scale.exp() * noise
         logits = self.decoder(z)
         log_x = -functional.binary_cross_entropy_with_logits(logits, x.expand_as(logits), reduction="none").sum(-1)

@@ -59,16 +59,16 @@ class Server:
 class NumPyroPeer:
     """What ``peers.Peer`` does, done over there."""
 
-    def __init__(self, name, server, sizes, *, problem, particles, work, **_):
+    def __init__(self, name, server, sizes, *, problem, particles, work, ask="make", **_):
         self.name, self.server, self.steps = name, server, STEPS[work][name]
         with tempfile.TemporaryDirectory() as folder:
             arrays = Path(folder, "arrays.npz")
             np.savez(arrays, **numbers(make_problem(problem, sizes)))
             request = {"particles": particles, "work": work, "steps": self.steps, "scale": SCALE}
-            self.seconds = server.ask("make", name=name, problem=problem, arrays=str(arrays), **request)
+            self.answer = server.ask(ask, name=name, problem=problem, arrays=str(arrays), **request)
 
     def first(self):
-        return self.seconds
+        return self.answer
 
     def step(self):
         return self.server.ask("step", name=self.name)
@@ -76,8 +76,13 @@ class NumPyroPeer:
     def losses(self, count):
         return self.server.ask("losses", name=self.name, count=count)
 
-    def memory(self):
-        return self.server.ask("memory", name=self.name)
+
+def numpyro_alone(threads, device, sizes, **case):
+    """Seconds of the first step, and the bytes that compiling and a step take beyond two particles'; a process each."""
+    with Server(threads, device) as server:
+        first = NumPyroPeer(UPDATE, server, sizes, **case).answer
+    with Server(threads, device) as server:
+        return {"first": first, "bytes": NumPyroPeer(UPDATE, server, sizes, ask="memory", **case).answer}
 
 
 def numbers(problem):

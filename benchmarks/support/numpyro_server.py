@@ -125,7 +125,8 @@ def status(key):
 
 
 def extra_memory(call):
-    """As ``memory.extra_memory``, which would bring in PyTorch."""
+    """As ``memory.extra_memory``, which would bring in PyTorch. The call should make the peer, too: what a step has
+    held once, XLA keeps."""
     if jax.default_backend() != "cpu":
         return None
     with contextlib.suppress(OSError):
@@ -146,12 +147,16 @@ def main():
         peers[name].losses(1)
         return time.perf_counter() - start
 
+    def memory(name, **options):
+        make(name, **{**options, "particles": 2})
+        return extra_memory(lambda: make(name, **options))
+
     does = {
         "versions": lambda: {"numpyro": numpyro.__version__, "jax": jax.__version__},
         "make": make,
         "step": lambda name: peers[name].step(),
         "losses": lambda name, count: peers[name].losses(count),
-        "memory": lambda name: extra_memory(peers[name].step),
+        "memory": memory,
         "forget": lambda: peers.clear(),
     }
     for line in sys.stdin:
