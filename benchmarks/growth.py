@@ -96,6 +96,8 @@ def measure(axis, size, options, left_out):
     for name in ELBOS:
         if name == TREE and size["K"] ** 2 * size["N"] > MOST_NUMBERS:  # each row has K particles in each of the K
             continue
+        if name == COMPILED and options.smoke:  # takes long; its losses are compared all the same
+            continue
         try:
             peers.append(Growing(name, size, options.device))
         except LeftOut as reason:

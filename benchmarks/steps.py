@@ -16,6 +16,7 @@ import contextlib
 import json
 import math
 import statistics
+import sys
 import tempfile
 
 import matplotlib.pyplot as plt
@@ -61,10 +62,14 @@ def gather(where, server, options, left_out):
     for name, make in PEERS.items():
         if (name in LOOPS and not loops) or (name == SVI_STEP and where["work"] == "gradient"):
             continue
+        if options.smoke and name in (COMPILED, SVI_STEP) and where["problem"] != "eight schools":
+            continue  # compiling takes long
         try:
             peers.append(Peer(name, make, **chosen))
         except LeftOut as reason:
-            left_out.setdefault(name, str(reason))
+            if name not in left_out:
+                tqdm.write(f"{name} is left out: {reason}", file=sys.stderr)
+            left_out[name] = str(reason)
     if server is not None:
         server.ask("forget")
         names = (name for name in STEPS[where["work"]] if loops or name not in LOOPS)
@@ -134,7 +139,7 @@ def all_alone(options, left_out):
             if name not in left_out and name not in LOOPS:
                 bar.set_postfix_str(name)
                 rows.append({**where, "peer": name, **in_own_cache(where, name, options)})
-        if is_installed() and not options.smoke:
+        if is_installed(options.device) and not options.smoke:
             found = numpyro_alone(options.threads, **settings(where, options))
             rows.append({**where, "peer": UPDATE, **found})
     return rows
@@ -262,10 +267,10 @@ def main():
         options.repeats, options.seconds, options.quiet = 2, 1.0, True
     left_out, rows, seen = {}, [], set()
     with contextlib.ExitStack() as stack:
-        server = stack.enter_context(Server(options.threads, options.device)) if is_installed() else None
+        server = stack.enter_context(Server(options.threads, options.device)) if is_installed(options.device) else None
         versions = server.ask("versions") if server else {}
         if server is None:
-            left_out["NumPyro"] = "not installed here; pip install '.[bench]'"
+            left_out["NumPyro"] = "not installed here for this device; pip install '.[bench]'"
         for where in tqdm(SMOKE if options.smoke else CASES, desc="cases", disable=options.quiet):
             agree = where["particles"] > 1 and where["problem"] not in seen
             seen |= {where["problem"]} if agree else set()

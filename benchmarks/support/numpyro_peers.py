@@ -20,8 +20,10 @@ UPDATE, SCAN, GRADIENT = "NumPyro, jitted update", "NumPyro, scanned updates", "
 STEPS = {"update": {UPDATE: 1, SCAN: MANY}, "gradient": {GRADIENT: 1}}
 
 
-def is_installed():
-    return importlib.util.find_spec("numpyro") is not None
+def is_installed(device="cpu"):
+    """On a GPU, with what JAX needs there."""
+    plugins = {"cpu": ["jax"], "cuda": ["jax_cuda12_plugin", "jax_cuda13_plugin"]}[device]
+    return importlib.util.find_spec("numpyro") is not None and any(map(importlib.util.find_spec, plugins))
 
 
 class Server:
