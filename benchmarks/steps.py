@@ -37,6 +37,11 @@ from tqdm import tqdm
 LOOPS = (SVI_RUN, SCAN)  # many steps in each call: where steps are short
 COMPILES = (COMPILED, SVI_STEP, BY_COMPILER)
 
+NAMES = {
+    "eight schools": "eight schools",
+    "regression": "regression of 1,000 groups",
+    "VAE": "784-200-200-50 VAE, batch of 20",
+}
 AGREE = {"eight schools": 300, "regression": 50, "VAE": 20}  # losses of each peer
 CASES = [
     *(case("eight schools", k) for k in (1, 64, 500, 5000)),
@@ -246,7 +251,7 @@ def picture(result):
             counts = [c["particles"] for c in sweep]
             times = [1e3 * c["seconds"][name]["median"] for c in sweep]
             (shown[name],) = axis.plot(counts, times, **style(name))
-        axis.set(xscale="log", yscale="log", title=problem, xlabel="particles K")
+        axis.set(xscale="log", yscale="log", title=NAMES[problem], xlabel="particles K")
         axis.grid(alpha=0.3)
     axes[0].set_ylabel("time of a step (ms)")
     figure.legend(handles=list(shown.values()), loc="outside lower center", ncols=3, fontsize="small")
