@@ -5,8 +5,8 @@
 
 A chain of Gaussians: a global latent; P plates side by side, in each N latents and N rows of data. K grows at N = 100
 and P = 1; N grows at K = 10 and P = 1; P at K = 10 and N = 10,000. Time is that of loss and gradient, the median of
-steps in turns; memory the peak of a process of its own. An exponent is the slope of log cost by log size: over the whole
-range, where what a step costs at any size weighs in, and over its last two sizes. Writes ``growth.json``,
+steps in turns; memory the peak of a process of its own. An exponent is the slope of log cost by log size: over the
+whole range, where what a step costs at any size weighs in, and over its last two sizes. Writes ``growth.json``,
 ``growth.md`` and ``growth.png`` into ``benchmarks/results``; on a GPU, ``growth_cuda``.
 """
 
@@ -133,8 +133,9 @@ def add_memory(rows, options):
     """To the rows of each ELBO's two largest sizes, for a slope between them."""
     for axis in WORDS:
         chosen = []
-        for name in [OURS] if options.smoke else ELBOS:
+        for name in ELBOS:
             chosen += [r for r in rows if r["axis"] == axis and r["peer"] == name][-2:]
+        chosen = [r for r in chosen if not options.smoke or (axis, r["peer"]) == ("K", OURS)]
         for row in tqdm(chosen, desc=f"memory by {axis}", disable=options.quiet, leave=False):
             size = {key: row[key] for key in WORDS}
             row |= in_fresh_process(__file__, {"peer": row["peer"], "size": size}, options)

@@ -137,7 +137,7 @@ def alone(request, options):
 
 def all_alone(options, left_out):
     rows = []
-    cases, names = (SMOKE[:1], [OURS, BY_COMPILER]) if options.smoke else (ALONE, PEERS)
+    cases, names = (SMOKE[:1], [OURS]) if options.smoke else (ALONE, PEERS)
     bar = tqdm(cases, desc="fresh processes", disable=options.quiet, leave=False)
     for where in bar:
         for name in names:
