@@ -182,7 +182,7 @@ def table(result):
         lines += markdown([axis, *names], cells)
         used = [r for r in mine if "bytes" in r]
         cells = [[r["peer"], f"{r[axis]:,}", three(r["bytes"] / MEGABYTE)] for r in used]
-        lines += ["", *markdown(["ELBO", axis, "peak memory of a step, MB"], cells)]
+        lines += ["", *markdown(["ELBO", axis, "peak memory of a step, MB"], cells)] if used else []
     return "\n".join([*lines, "", provenance(result).removesuffix(".") + f"; on {result['device']}.", ""])
 
 

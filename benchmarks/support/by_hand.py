@@ -75,7 +75,7 @@ class Schools(MeanField):
     def from_distributions(self, particles, effects, errors):
         (mu, log_tau, theta), log_q = self.draw_from_distributions(particles)
         tau = log_tau.exp()
-        one = dist.Normal(0.0, 5.0).log_prob(mu) + dist.HalfCauchy(5.0).log_prob(tau) + log_tau
+        one = dist.Normal(0.0, 5.0).log_prob(mu) + dist.HalfCauchy(tau.new_full((), 5.0)).log_prob(tau) + log_tau
         each = dist.Normal(mu, tau).log_prob(theta) + dist.Normal(theta, errors).log_prob(effects)
         return one.squeeze(-1) + each.sum(-1) - log_q
 
@@ -92,7 +92,7 @@ class Regression(MeanField):
     def from_distributions(self, particles, t, y):
         (mu, log_tau, line), log_q = self.draw_from_distributions(particles)
         tau, line = log_tau.exp(), line.unflatten(-1, (-1, 2))
-        two = dist.Normal(0.0, 1.0).log_prob(mu) + dist.HalfCauchy(1.0).log_prob(tau) + log_tau
+        two = dist.Normal(0.0, 1.0).log_prob(mu) + dist.HalfCauchy(tau.new_ones(2)).log_prob(tau) + log_tau
         lines = dist.Normal(mu[:, None], tau[:, None]).log_prob(line)
         rows = dist.Normal(line[..., :1] + line[..., 1:] * t, 1.0).log_prob(y)
         return two.sum(-1) + lines.sum((-1, -2)) + rows.sum((-1, -2)) - log_q
