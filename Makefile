@@ -9,12 +9,17 @@ requirements := setup.cfg pyproject.toml constraints.txt
 # What `make test` installs holds all that `make demo` needs.
 examples_installed := $(or $(wildcard .venv/installed-all),.venv/installed-examples)
 all_installed := .venv/installed-all
+bench_installed := .venv/installed-bench
+
+# In this order: the last reads what the others have written.
+peers := benchmarks/steps.py benchmarks/chunks.py benchmarks/growth.py benchmarks/precision.py benchmarks/asked.py
+every := $(filter-out $(peers),$(wildcard benchmarks/*.py)) $(peers)
 
 .DELETE_ON_ERROR:
-.PHONY: help demo test nightly docs bench lint clean
+.PHONY: help demo test nightly docs bench bench-all bench-smoke lint clean
 
 help:  ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' Makefile
 
 demo: $(examples_installed)  ## install what the examples need, then train and judge VAEs on real digits
 	$(python) examples/digits_vae.py
@@ -30,8 +35,16 @@ docs: $(all_installed)  ## build the documentation into docs/_build/html and run
 	$(python) -m sphinx -W --keep-going -q -b doctest docs docs/_build/doctest
 	$(python) -m sphinx -W --keep-going -q -b html docs docs/_build/html
 
-bench: $(all_installed)  ## run the benchmarks
-	@for script in benchmarks/*.py; do echo "$$script"; $(python) "$$script" || exit 1; done
+bench: $(bench_installed)  ## time steps against Pyro, PyTorch by hand and NumPyro (a quarter of an hour)
+	@for script in $(peers); do echo "$$script"; $(python) "$$script" || exit 1; done
+	@if $(python) -c "import torch; raise SystemExit(not torch.cuda.is_available())"; then \
+		for script in $(peers); do echo "$$script, GPU"; $(python) "$$script" --device cuda || exit 1; done; fi
+
+bench-all: $(bench_installed)  ## run every benchmark (hours)
+	@for script in $(every); do echo "$$script"; $(python) "$$script" || exit 1; done
+
+bench-smoke: $(all_installed)  ## try every benchmark for a few seconds; measures and keeps nothing
+	@for script in $(every); do echo "$$script"; $(python) "$$script" --smoke || exit 1; done
 
 lint: $(all_installed)  ## ruff and mypy
 	$(python) -m ruff check .
@@ -50,4 +63,8 @@ clean:  ## remove the environment, caches and what was built; keep results
 .venv/installed-all: $(requirements)
 	$(PYTHON) -m venv .venv
 	$(pip_install) -e ".[examples,test,docs]"
+	touch $@
+
+.venv/installed-bench: $(all_installed)
+	$(pip_install) -e ".[bench]"
 	touch $@

@@ -15,8 +15,6 @@ import os
 import subprocess
 import sys
 import time
-from itertools import pairwise
-from pathlib import Path
 
 import matplotlib.pyplot as plt
 import pyro
@@ -26,7 +24,8 @@ from pyro import poutine
 from pyro.infer import RenyiELBO
 from sklearn.datasets import load_digits
 from support import arguments, keep, provenance, seconds, spread, surroundings
-from torch import nn
+from support.memory import high_water
+from support.vae import VAE
 from tqdm import tqdm
 
 from pyro_iwae import (
@@ -53,39 +52,6 @@ def make_elbo(name, particles):
     if name == "RenyiELBO":
         return RenyiELBO(alpha=0.0, num_particles=particles, vectorize_particles=True, max_plate_nesting=1)
     return ImportanceWeightedELBO(particles, gradient=GRADIENTS[name])
-
-
-class VAE(nn.Module):
-    """Bernoulli or binomial pixels, Gaussian latents, tanh layers."""
-
-    def __init__(self, pixels, hidden, latents, trials=1):
-        super().__init__()
-        self.latents, self.trials = latents, trials
-        self.encoder = nn.Sequential(*layers([pixels, *hidden]), nn.Linear(hidden[-1], 2 * latents))
-        self.decoder = nn.Sequential(*layers([latents, *reversed(hidden)]), nn.Linear(hidden[0], pixels))
-
-    def pixel(self, logits):
-        if self.trials == 1:
-            return dist.Bernoulli(logits=logits, validate_args=False).to_event(1)
-        return dist.Binomial(self.trials, logits=logits, validate_args=False).to_event(1)
-
-    def model(self, x):
-        pyro.module("decoder", self.decoder)
-        with pyro.plate("data", len(x)):
-            z = pyro.sample("z", dist.Normal(x.new_zeros(self.latents), 1.0).to_event(1))
-            pyro.sample("x", self.pixel(self.decoder(z)), obs=x)
-
-    def guide(self, x):
-        pyro.module("encoder", self.encoder)
-        loc, log_scale = self.encoder(x / self.trials).chunk(2, -1)
-        with pyro.plate("data", len(x)):
-            pyro.sample("z", dist.Normal(loc, log_scale.exp()).to_event(1))
-
-
-def layers(widths):
-    for a, b in pairwise(widths):
-        yield nn.Linear(a, b)
-        yield nn.Tanh()
 
 
 # Cost of a step
@@ -123,12 +89,6 @@ def print_peak(name, particles, smoke):
     for _ in range(2):
         elbo.loss_and_grads(vae.model, vae.guide, x)
     print(high_water() - before)
-
-
-def high_water():
-    """The most memory that this process has held, in bytes (Linux; the usual ``getrusage`` inherits its parent's)."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(1024 * int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
 
 
 def peak(name, particles, smoke):

@@ -85,6 +85,19 @@ def arguments(description):
     return parser
 
 
+def peer_arguments(description):
+    """The parser of a benchmark whose peers run on a GPU, too, and in fresh processes."""
+    parser = arguments(description)
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--quiet", action="store_true", help="no progress bars")
+    parser.add_argument("--alone", type=json.loads, help="used by itself: measure one thing in a fresh process")
+    return parser
+
+
+def device_name(device):
+    return torch.cuda.get_device_name() if device == "cuda" else "the CPU"
+
+
 def keep(result, text, name, options, figure=None):
     """Prints the text; writes result, text and figure, but for a smoke run that was not told where."""
     print(text)
