@@ -47,8 +47,8 @@ class Update(Protocol):
     def prepare(self, leaves: Sequence[Tensor], parameters: Parameters) -> list[list[Tensor]]:
         """The tensors that it changes beside the parameters, by kind."""
 
-    def options(self, leaves: Sequence[Tensor]) -> tuple[Any, ...]:
-        """The numbers that a recording freezes."""
+    def options(self, leaves: Sequence[Tensor]) -> int:
+        """A number that changes with the numbers that a recording freezes."""
 
     def apply(self, leaves: Sequence[Tensor], gradients: Sequence[Tensor], held: Tensor) -> None:
         """Changes all, but not where ``held`` is true."""
@@ -83,7 +83,7 @@ class Step:
         parameters: the parameters that were asked for.
         watched: what must stay as it was.
         state: what an update changes beside the leaves, by kind.
-        options: the update's numbers.
+        options: what the update's numbers were known by.
         calls: how often it has run.
         broken: how often in a row it did not hold.
     """
@@ -93,7 +93,7 @@ class Step:
     parameters: Parameters
     watched: Watched
     state: list[list[Tensor]] = field(default_factory=list)
-    options: tuple[Any, ...] = ()
+    options: int = 0
     calls: int = 0
     broken: int = 0
 
@@ -197,7 +197,7 @@ class CompiledSteps:
             return None
         leaves = _leaves(loss)
         state = [] if self.update is None else self.update.prepare(leaves, parameters)
-        options = () if self.update is None else self.update.options(leaves)
+        options = 0 if self.update is None else self.update.options(leaves)
         buffers = [b for m in modules for b in m._buffers.values() if b is not None]
         inputs = [*leaves, *(t for kind in state for t in kind), *fresh, *buffers]
         step = Step(Graph.empty(), leaves, parameters, Watched.of(modules, parameters, leaves), state, options)

@@ -37,7 +37,7 @@ class Slot:
     state: dict[str, Tensor]
     count: Tensor
     first_lr: float  # before any decay, so that the rate follows from the count
-    settled_lr: float  # what the optimiser was last told
+    settled: dict[str, Any]  # the optimiser's numbers as they are recorded
 
     @property
     def group(self) -> dict[str, Any]:
@@ -73,17 +73,17 @@ class OptimizerUpdate:
         self.optim: Any = optim  # Pyro's types say str where it takes tensors
         self.rule = rule
         self.slots: dict[Tensor, Slot] = {}
+        self.version = 0
 
-    def options(self, leaves: Sequence[Tensor]) -> tuple[Any, ...]:
-        """The numbers that a recording freezes: a new rate asks for a new recording."""
-        slots = [self.slots[leaf] for leaf in leaves if leaf in self.slots]
-        for slot in slots:
-            if slot.group["lr"] != slot.settled_lr:  # somebody has changed it
+    def options(self, leaves: Sequence[Tensor]) -> int:
+        """A number that is another once the numbers of an optimiser are: a new rate asks for a new recording."""
+        for leaf in leaves:
+            slot = self.slots.get(leaf)
+            if slot is not None and slot.group != slot.settled:  # somebody has changed it
                 slot.first_lr = _first_lr(slot.group, int(slot.count))
-                slot.settled_lr = slot.group["lr"]
-        return tuple(
-            (slot.first_lr, *(v for k, v in slot.group.items() if k not in ("params", "lr"))) for slot in slots
-        )
+                slot.settled = dict(slot.group)
+                self.version += 1
+        return self.version
 
     def prepare(self, leaves: Sequence[Tensor], parameters: Parameters) -> list[list[Tensor]]:
         """The tensors that an update changes beside the parameters, by kind."""
@@ -105,14 +105,13 @@ class OptimizerUpdate:
                 write(slot.count, slot.count + 1)
 
     def settle(self) -> None:
-        """Tells the optimiser how often it has been applied, and its rate."""
+        """Tells the optimiser how often it has been applied, and its rate, where it keeps these in Python."""
         for slot in self.slots.values():
             if "momentum_buffer" in slot.state and int(slot.count) == 0:
                 slot.kept["momentum_buffer"] = None  # its first step is one of its own
-            if "step" in slot.kept:
-                count = int(slot.count)
-                slot.kept["step"] = torch.tensor(float(count)) if isinstance(slot.kept["step"], Tensor) else count
-            slot.group["lr"] = slot.settled_lr = slot.first_lr * slot.group.get("lrd", 1.0) ** int(slot.count)
+            if isinstance(slot.kept.get("step"), int):
+                slot.kept["step"] = int(slot.count)
+                slot.group["lr"] = slot.settled["lr"] = slot.first_lr * slot.group["lrd"] ** int(slot.count)
 
     def refresh(self) -> None:
         """Learns from the optimiser how often it has been applied, and its rate."""
@@ -122,8 +121,11 @@ class OptimizerUpdate:
                 if held is not None and held is not tensor:
                     tensor.copy_(held)
                     slot.kept[name] = tensor
-            slot.count.fill_(_count(slot.kept))
-            slot.first_lr, slot.settled_lr = _first_lr(slot.group, _count(slot.kept)), slot.group["lr"]
+            count = _count(slot.kept)
+            slot.count.fill_(count)
+            if isinstance(slot.kept.get("step"), Tensor):
+                slot.kept["step"] = slot.count
+            slot.settled["lr"] = slot.group["lr"]  # a decayed rate is no other
 
     def _slot(self, parameter: Tensor) -> Slot:
         if parameter not in self.slots:
@@ -135,9 +137,11 @@ class OptimizerUpdate:
                 if kept.get(name) is None:
                     kept[name] = make(parameter)
             state = {n: v for n, v in kept.items() if isinstance(v, Tensor) and n != "step"}
+            if isinstance(kept.get("step"), Tensor):
+                kept["step"] = count
             clip = dict(self.optim._get_grad_clip_args(parameter))
             first = _first_lr(group, int(count))
-            self.slots[parameter] = Slot(parameter, optimizer, clip, state, count, first, group["lr"])
+            self.slots[parameter] = Slot(parameter, optimizer, clip, state, count, first, dict(group))
         return self.slots[parameter]
 
     def _optimizer(self, parameter: Tensor) -> torch.optim.Optimizer:

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -52,13 +52,13 @@ class Arguments:
         Raises:
             TypeError: where one is neither a tensor nor a plain value, whose contents could change unseen.
         """
+        if not kwargs and all(type(arg) is Tensor for arg in args):  # the common case, and the quick one
+            return cls(list(args), [None] * len(args), None, (None, tuple(map(_kind, args)), _shared(args)))
         leaves, tree = pytree.tree_flatten((args, dict(kwargs)))
         tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
         kind = tuple(_kind(leaf) for leaf in leaves)
-        first: dict[int, int] = {}
-        shared = tuple(first.setdefault(id(t), i) for i, t in enumerate(tensors))  # model(x, x) is not model(x, y)
         others = [None if isinstance(leaf, Tensor) else leaf for leaf in leaves]
-        return cls(tensors, others, tree, (repr(tree) if kwargs or len(leaves) != len(args) else None, kind, shared))
+        return cls(tensors, others, tree, (repr(tree), kind, _shared(tensors)))
 
     def aliases(self) -> tuple[tuple[Any, ...], dict[str, Any], list[Tensor]]:
         """Other tensors with the same numbers, and the arguments with these: closures may hold the same tensors."""
@@ -66,8 +66,14 @@ class Arguments:
         fresh = [same.setdefault(id(t), t.detach()) for t in self.tensors]
         rest = iter(fresh)
         found = [next(rest) if kind[0] is Tensor else o for o, kind in zip(self.others, self.kind[1], strict=True)]
-        args, kwargs = pytree.tree_unflatten(found, self.tree)
+        args, kwargs = (tuple(found), {}) if self.tree is None else pytree.tree_unflatten(found, self.tree)
         return args, kwargs, fresh
+
+
+def _shared(tensors: Sequence[Tensor]) -> tuple[int, ...]:
+    """Which of them are one and the same: model(x, x) is not model(x, y)."""
+    first: dict[int, int] = {}
+    return tuple(first.setdefault(id(t), i) for i, t in enumerate(tensors))
 
 
 def _kind(leaf: Any) -> tuple[Any, ...]:
