@@ -141,6 +141,17 @@ class LogWeights:
             children=tuple(child.mapped(fn) for child in self.children),
         )
 
+    def numbers(self) -> list[Tensor]:
+        """What :meth:`mapped` goes through, in its order."""
+        found = list[Tensor]()
+
+        def collect(value: Tensor) -> Tensor:
+            found.append(value)
+            return value
+
+        self.mapped(collect)
+        return found
+
     def grown(self, children: Sequence[LogWeights]) -> LogWeights:
         """This node with children, whose bounds are added to its log weights."""
         log_weights = self.log_weights

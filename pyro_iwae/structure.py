@@ -109,6 +109,7 @@ class StructureCache:
         self._latest: dict[Any, Structure] = {}
         self.newest: Structure | None = None
         self.said: set[str] = set()  # what was warned of apart from the verdicts
+        self.redraws: dict[Any, bool] = {}  # whether the guide's distributions can be drawn from again
         self.enumerated: dict[Any, int] = {}  # nesting of the pairs that one particle leaves to TraceEnum_ELBO
 
     def __reduce__(self) -> tuple[type[StructureCache], tuple[()]]:
@@ -145,7 +146,7 @@ class StructureCache:
 
     def _forget(self, number: int) -> None:
         self._watched.pop(number, None)
-        for kept in (self._latest, self._verdicts, self.enumerated):
+        for kept in (self._latest, self._verdicts, self.enumerated, self.redraws):
             for key in [k for k in kept if any(isinstance(p, tuple) and p[:1] == (number,) for p in k)]:
                 del kept[key]
 
