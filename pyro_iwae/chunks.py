@@ -35,7 +35,7 @@ from pyro_iwae.totals import Totals
 from pyro_iwae.traces import Recording
 from pyro_iwae.weighing import Particles, impossible_sites, verdict, verdict_key, warn_of_impossible, weigh_particles
 
-__all__ = ["Chunks", "chunks_of", "require_chunk_size"]
+__all__ = ["Chunks", "Impossible", "chunks_of", "require_chunk_size"]
 
 MOST_STARTS = 4  # parameters and verdicts that are made on the way are there the next time
 
@@ -154,27 +154,24 @@ class Chunks:
 
     # One pass: values
 
-    def weigh(self) -> LogWeights:
-        """The weights of all K. Where a graph is recorded, each chunk's is made again when ``backward()`` needs it."""
-        chunks, impossible = self.with_guide_once(cut=False), set[str]()
+    def weigh(self, *, children: bool = True) -> LogWeights:
+        """The weights of all K. Where a graph is recorded, each chunk's is made again when ``backward()`` needs it.
+
+        Args:
+            children: whether those of plates' own particles are kept too.
+        """
+        chunks, seen = self.with_guide_once(cut=False), Impossible()
         if torch.is_grad_enabled():
-            weights = LogWeights.joined(list(chunks._remade()))
+            weights = LogWeights.joined(list(chunks._remade(seen)))
         else:
-            weights = LogWeights.joined([chunks._looked_at(p, impossible) for p in chunks.draw()])
-        warn_of_impossible(weights.log_weights, lambda: impossible)
+            weights = LogWeights.joined([seen.looked_at(p, children=children) for p in chunks.draw()])
+        seen.warn(weights)
         return weights
 
-    def _looked_at(self, particles: Particles, impossible: set[str]) -> LogWeights:
-        """The weights, after it was seen which sites made all of a chunk impossible."""
-        if bool((particles.weights.log_weights == -math.inf).all(0).any()):
-            common = outer_scale(particles.pairs[0], particles.layout)
-            impossible |= impossible_sites([terms_of(p, particles.layout, common) for p in particles.pairs])
-        return replace(particles.weights, cut=None)
-
-    def _remade(self) -> Iterator[LogWeights]:
+    def _remade(self, seen: Impossible) -> Iterator[LogWeights]:
         chunks = self
         for start, stop in self.edges:
-            remade = _Remade(chunks, stop - start)
+            remade = _Remade(chunks, stop - start, seen)
             yield remade.weights()
             chunks = replace(self, indices=remade.indices)
 
@@ -236,20 +233,18 @@ class Chunks:
 
     def _weighed_apart(self) -> LogWeights | None:
         """None where something was made on the way, so that a second pass would draw other numbers."""
-        found, impossible = list[LogWeights](), set[str]()
+        found, seen = list[LogWeights](), Impossible()
         with FreshParameters() as fresh, unchanged_state(self.call.model, self.call.guide):
             for particles in self.draw():
-                weights = self._looked_at(particles, impossible)
-                weights = replace(weights, score=None, score_log_q=None, children=())
-                found.append(weights.mapped(Tensor.detach))
+                found.append(seen.looked_at(particles, children=False).mapped(Tensor.detach))
                 same = particles.structure is self.structure
-                del particles, weights
+                del particles
                 if not same:
                     return None
         if fresh.drawn:
             return None
         weights = LogWeights.joined(found)
-        warn_of_impossible(weights.log_weights, lambda: impossible)
+        seen.warn(weights)
         return weights
 
     def _verdict(self) -> Structure:
@@ -276,11 +271,34 @@ class Chunks:
         return replace(self, call=replace(self.call, drawing=found), indices=minibatch.indices, guide=found)
 
 
+class Impossible:
+    """Sites that made all particles of a chunk impossible: worth a warning once all chunks are."""
+
+    def __init__(self) -> None:
+        self.sites = set[str]()
+
+    def looked_at(self, particles: Particles, *, children: bool = True) -> LogWeights:
+        """Looks at a chunk, and returns its weights; without what is not a number for each, if that is asked for."""
+        if bool((particles.weights.log_weights == -math.inf).all(0).any()):
+            common = outer_scale(particles.pairs[0], particles.layout)
+            self.sites |= impossible_sites([terms_of(p, particles.layout, common) for p in particles.pairs])
+        weights = replace(particles.weights, cut=None)
+        return weights if children else replace(weights, score=None, score_log_q=None, children=())
+
+    def warn(self, weights: LogWeights) -> None:
+        """Warns where all K are."""
+        self.warn_of((weights.log_weights == -math.inf).all(0), weights.num_particles)
+
+    def warn_of(self, impossible: Tensor, num_particles: int) -> None:
+        """Warns of elements for which all K are."""
+        warn_of_impossible(impossible, num_particles, lambda: self.sites)
+
+
 class _Remade:
     """A chunk's weights, with a graph that is made again by running it again."""
 
-    def __init__(self, chunks: Chunks, count: int) -> None:
-        self.chunks, self.count = chunks, count
+    def __init__(self, chunks: Chunks, count: int, seen: Impossible) -> None:
+        self.chunks, self.count, self.seen = chunks, count, seen
         self.random = get_random_state()
         self.indices: Mapping[str, Tensor] = {}
         self.first: LogWeights | None = None
@@ -302,7 +320,7 @@ class _Remade:
 
     def _numbers(self) -> list[Tensor]:
         minibatch = self.chunks._minibatch()
-        weights = self.chunks._weigh(self.count, minibatch).weights
+        weights = self.seen.looked_at(self.chunks._weigh(self.count, minibatch))
         if self.first is None:
             self.indices, self.first = minibatch.indices, weights.mapped(Tensor.detach)
         else:

@@ -203,8 +203,12 @@ class ImportanceWeightedELBO(ELBO):
         """Minus the bound, scaled and summed over elements, in nats."""
         if self._is_single:  # any objective is the ELBO then, whatever its gradient
             return float(self._single("loss", model, guide, args, kwargs))
-        with torch.set_grad_enabled(torch.is_grad_enabled() and self.chunk_size is None):
+        chunks = self._chunks(Call(model, guide, args, kwargs))
+        if chunks is None:
             weights = self.log_weights(model, guide, *args, **kwargs)
+        else:
+            with torch.no_grad():
+                weights = chunks.weigh(children=False)
         return -torch_item(weights.total(self._totals(weights).value))
 
     def differentiable_loss(self, model: Program, guide: Program, *args: Any, **kwargs: Any) -> Tensor:

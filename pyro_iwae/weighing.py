@@ -566,15 +566,15 @@ def _explain_infinite(weights: LogWeights, tables: Sequence[Sequence[Term]], *, 
     if bool(weights.log_weights.isnan().any()):
         raise ValueError("log weights are NaN although no site's log density is; look for overflow in the model")
     if warn:
-        warn_of_impossible(weights.log_weights, lambda: impossible_sites(tables))
+        impossible = (weights.log_weights == -math.inf).all(0)
+        warn_of_impossible(impossible, weights.num_particles, lambda: impossible_sites(tables))
 
 
-def warn_of_impossible(log_weights: Tensor, sites: Callable[[], set[str]]) -> None:
+def warn_of_impossible(impossible: Tensor, num_particles: int, sites: Callable[[], set[str]]) -> None:
     """Warns where all particles of an independent element are impossible, with the sites at fault."""
-    impossible = (log_weights == -math.inf).all(0)
     if bool(impossible.any()):
         warnings.warn(
-            f"all {len(log_weights)} particles are impossible (log weight -inf) for {int(impossible.sum())} of "
+            f"all {num_particles} particles are impossible (log weight -inf) for {int(impossible.sum())} of "
             f"{impossible.numel()} independent elements, through site {', '.join(map(repr, sorted(sites())))}; the "
             "bound is -inf there and its gradient 0. Let the guide reach values that the model allows, or use more "
             "particles",
