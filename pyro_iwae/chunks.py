@@ -16,9 +16,10 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
+from pyro import poutine
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
@@ -37,6 +38,7 @@ from pyro_iwae.weighing import Particles, impossible_sites, verdict, verdict_key
 
 __all__ = ["Chunks", "Impossible", "chunks_of", "require_chunk_size"]
 
+Result = TypeVar("Result")
 MOST_STARTS = 4  # parameters and verdicts that are made on the way are there the next time
 
 
@@ -154,17 +156,31 @@ class Chunks:
 
     # One pass: values
 
-    def weigh(self, *, children: bool = True) -> LogWeights:
-        """The weights of all K. Where a graph is recorded, each chunk's is made again when ``backward()`` needs it.
-
-        Args:
-            children: whether those of plates' own particles are kept too.
-        """
+    def weigh(self) -> LogWeights:
+        """The weights of all K. Where a graph is recorded, each chunk's is made again when ``backward()`` needs it."""
         chunks, seen = self.with_guide_once(cut=False), Impossible()
         if torch.is_grad_enabled():
             weights = LogWeights.joined(list(chunks._remade(seen)))
         else:
-            weights = LogWeights.joined([seen.looked_at(p, children=children) for p in chunks.draw()])
+            weights = LogWeights.joined([seen.looked_at(particles) for particles in chunks.draw()])
+        seen.warn(weights)
+        return weights
+
+    def values(self) -> LogWeights:
+        """The weights of all K without a graph, and nothing else that is a number for each particle."""
+        weights = without_graph(self.with_guide_once(cut=False)._values)
+        assert weights is not None
+        return weights
+
+    def _values(self, *, as_expected: bool = False) -> LogWeights | None:
+        found, seen = list[LogWeights](), Impossible()
+        for particles in self.draw():
+            found.append(seen.looked_at(particles, children=False).mapped(Tensor.detach))
+            same = particles.structure is self.structure
+            del particles
+            if as_expected and not same:
+                return None
+        weights = LogWeights.joined(found)
         seen.warn(weights)
         return weights
 
@@ -222,30 +238,16 @@ class Chunks:
         chunks = self
         for _ in range(MOST_STARTS):
             chunks = replace(self, structure=chunks._verdict()).with_guide_once(cut=True)
-            try:
-                with torch.no_grad():
-                    weights = chunks._weighed_apart()
-            except RuntimeError:  # model or guide takes gradients of its own
-                weights = chunks._weighed_apart()
+            weights = without_graph(chunks._weighed_apart)
             if weights is not None:
                 return chunks, weights
         raise ValueError(_unlike("got new parameters, sites or plates each time"))
 
     def _weighed_apart(self) -> LogWeights | None:
         """None where something was made on the way, so that a second pass would draw other numbers."""
-        found, seen = list[LogWeights](), Impossible()
         with FreshParameters() as fresh, unchanged_state(self.call.model, self.call.guide):
-            for particles in self.draw():
-                found.append(seen.looked_at(particles, children=False).mapped(Tensor.detach))
-                same = particles.structure is self.structure
-                del particles
-                if not same:
-                    return None
-        if fresh.drawn:
-            return None
-        weights = LogWeights.joined(found)
-        seen.warn(weights)
-        return weights
+            weights = self._values(as_expected=True)
+        return None if fresh.drawn else weights
 
     def _verdict(self) -> Structure:
         return verdict(self.call, num_particles=self.num_particles, minibatch=self._minibatch(), **self.options)
@@ -260,8 +262,8 @@ class Chunks:
         key = verdict_key(self.call, cache, *(self.options[name] for name in names))
         run = self.structure.run
         if key not in cache.redraws:  # a look, which must leave no trace
-            with unchanged_state(self.call.model, self.call.guide), torch.no_grad():
-                cache.redraws[key] = redrawn(self.call, run, self._minibatch()) is not None
+            with poutine.block(), unchanged_state(self.call.model, self.call.guide):
+                cache.redraws[key] = without_graph(lambda: redrawn(self.call, run, self._minibatch())) is not None
         minibatch = self._minibatch()
         found = redrawn(self.call, run, minibatch) if cache.redraws[key] else None
         if found is None:
@@ -269,6 +271,17 @@ class Chunks:
             return self
         found = found.cut() if cut else found
         return replace(self, call=replace(self.call, drawing=found), indices=minibatch.indices, guide=found)
+
+
+def without_graph(fn: Callable[[], Result]) -> Result:
+    """Runs something without a graph, to save memory; with one where model or guide takes gradients of its own."""
+    try:
+        with torch.no_grad():
+            return fn()
+    except RuntimeError:
+        if not torch.is_grad_enabled():
+            raise
+        return fn()
 
 
 class Impossible:

@@ -204,11 +204,7 @@ class ImportanceWeightedELBO(ELBO):
         if self._is_single:  # any objective is the ELBO then, whatever its gradient
             return float(self._single("loss", model, guide, args, kwargs))
         chunks = self._chunks(Call(model, guide, args, kwargs))
-        if chunks is None:
-            weights = self.log_weights(model, guide, *args, **kwargs)
-        else:
-            with torch.no_grad():
-                weights = chunks.weigh(children=False)
+        weights = self.log_weights(model, guide, *args, **kwargs) if chunks is None else chunks.values()
         return -torch_item(weights.total(self._totals(weights).value))
 
     def differentiable_loss(self, model: Program, guide: Program, *args: Any, **kwargs: Any) -> Tensor:
@@ -271,7 +267,8 @@ class ImportanceWeightedELBO(ELBO):
         """The loss, value of the objective and gradient of the surrogates; and the particles, if all were there."""
         call, gradient = Call(model, guide, args, kwargs), self.gradient
         if not torch.is_grad_enabled():
-            weights = self.log_weights(model, guide, *args, **kwargs)
+            chunks = self._chunks(call)
+            weights = self._draw(call).weights if chunks is None else chunks.values()
             return None, -weights.total(self._totals(weights).value)
         if isinstance(gradient, SampledBackward) and self.num_particles <= gradient.draws:
             gradient = gradient.inner

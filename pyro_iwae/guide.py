@@ -383,7 +383,7 @@ class ImportanceResampledGuide(Owning):
         chunks = self._chunks(call, minibatch)
         if chunks is None:
             return self._weigh(call, minibatch=minibatch).weights
-        return chunks.weigh(children=False)
+        return chunks.values()
 
 
 def _stacked(draws: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:

@@ -553,7 +553,7 @@ def _explain_infinite(weights: LogWeights, tables: Sequence[Sequence[Term]], *, 
     """Raises on NaN and +inf with the site's name; warns where every particle of an element is impossible."""
     if weights.log_weights.numel() == 0:
         return
-    lowest, highest = torch.aminmax(weights.log_weights)  # NaN if any is
+    lowest, highest = torch.aminmax(weights.log_weights.detach())  # NaN if any is
     if bool(lowest > -math.inf) and bool(highest < math.inf):
         return
     terms = [t for table in tables for t in table]
