@@ -21,7 +21,6 @@ from typing import Any, TypeVar
 import torch
 from pyro import poutine
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
 from pyro_iwae.handlers import Minibatch
 from pyro_iwae.logweights import LogWeights
@@ -29,7 +28,8 @@ from pyro_iwae.options import as_count
 from pyro_iwae.particles import Call
 from pyro_iwae.piecemeal import Piecemeal
 from pyro_iwae.redrawn import Redrawn, redrawn
-from pyro_iwae.state import FreshParameters, get_random_state, set_random_state, unchanged_state
+from pyro_iwae.replaying import Remade, require_replayed, unlike
+from pyro_iwae.state import FreshParameters, unchanged_state
 from pyro_iwae.structure import Structure
 from pyro_iwae.terms import outer_scale, terms_of
 from pyro_iwae.totals import Totals
@@ -185,11 +185,16 @@ class Chunks:
         return weights
 
     def _remade(self, seen: Impossible) -> Iterator[LogWeights]:
-        chunks = self
+        settled = dict(self.indices)
         for start, stop in self.edges:
-            remade = _Remade(chunks, stop - start, seen)
-            yield remade.weights()
-            chunks = replace(self, indices=remade.indices)
+
+            def run(count: int = stop - start, known: Mapping[str, Tensor] = dict(settled)) -> LogWeights:
+                minibatch = replace(self, indices=known)._minibatch()  # what the first chunk draws, it draws again
+                weights = seen.looked_at(self._weigh(count, minibatch))
+                settled.update(minibatch.indices)
+                return weights
+
+            yield Remade(run, self.call.model, self.call.guide).weights()
 
     # Two passes: gradients
 
@@ -220,7 +225,7 @@ class Chunks:
         piecemeal, faulty = Piecemeal(retain_graph=retain_graph), None
         for (start, stop), particles in zip(chunks.edges, chunks.draw(recording), strict=True):
             weights, part = particles.weights, totals.part(start, stop)
-            _require_replayed(weights.log_weights, first.log_weights[start:stop])
+            require_replayed(weights.log_weights, first.log_weights[start:stop])
             surrogate, share = surrogate_of(weights, part), (stop - start) / self.num_particles
             constant = {name: share * value for name, value in weights.constant.items()}
             value = share * totals.value + (surrogate - surrogate.detach())
@@ -241,7 +246,7 @@ class Chunks:
             weights = without_graph(chunks._weighed_apart)
             if weights is not None:
                 return chunks, weights
-        raise ValueError(_unlike("got new parameters, sites or plates each time"))
+        raise ValueError(unlike("got new parameters, sites or plates each time"))
 
     def _weighed_apart(self) -> LogWeights | None:
         """None where something was made on the way, so that a second pass would draw other numbers."""
@@ -305,56 +310,3 @@ class Impossible:
     def warn_of(self, impossible: Tensor, num_particles: int) -> None:
         """Warns of elements for which all K are."""
         warn_of_impossible(impossible, num_particles, lambda: self.sites)
-
-
-class _Remade:
-    """A chunk's weights, with a graph that is made again by running it again."""
-
-    def __init__(self, chunks: Chunks, count: int, seen: Impossible) -> None:
-        self.chunks, self.count, self.seen = chunks, count, seen
-        self.random = get_random_state()
-        self.indices: Mapping[str, Tensor] = {}
-        self.first: LogWeights | None = None
-
-    def weights(self) -> LogWeights:
-        with set_checkpoint_early_stop(False):  # model and guide are left in good order
-            values = checkpoint(self._run, use_reentrant=False, preserve_rng_state=False)
-        assert self.first is not None
-        remaining = iter(values)
-        return self.first.mapped(lambda _: next(remaining))
-
-    def _run(self) -> list[Tensor]:
-        if self.first is None:
-            return self._numbers()
-        call = self.chunks.call
-        with unchanged_state(call.model, call.guide):
-            set_random_state(self.random)
-            return self._numbers()
-
-    def _numbers(self) -> list[Tensor]:
-        minibatch = self.chunks._minibatch()
-        weights = self.seen.looked_at(self.chunks._weigh(self.count, minibatch))
-        if self.first is None:
-            self.indices, self.first = minibatch.indices, weights.mapped(Tensor.detach)
-        else:
-            _require_replayed(weights.log_weights, self.first.log_weights)
-        return weights.numbers()
-
-
-def _require_replayed(log_weights: Tensor, first: Tensor) -> None:
-    """Raises where particles are not those of the first pass."""
-    if log_weights.shape != first.shape:
-        raise ValueError(_unlike(f"got weights of shape {tuple(first.shape)}, then {tuple(log_weights.shape)}"))
-    same = log_weights == first
-    apart = torch.where(same, 0.0, (log_weights.detach() - first).abs())
-    limit = torch.finfo(first.dtype).eps ** 0.5 * (1.0 + first.abs())
-    if not bool((same | (apart <= limit)).all()):
-        raise ValueError(_unlike(f"got log weights that differ by {apart.max().item():.3g} nats"))
-
-
-def _unlike(got: str) -> str:
-    return (
-        f"expected model and guide to draw the same particles when they are run again, as chunk_size needs, {got}; "
-        "what is random in them must come from the generators of torch, numpy or Python, and what they count must be "
-        "held by buffers of modules. Otherwise leave chunk_size out"
-    )

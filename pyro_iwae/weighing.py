@@ -104,10 +104,12 @@ def weigh_particles(
     minibatch = Minibatch() if minibatch is None else minibatch
     whole = num_particles if among is None else among
     key = verdict_key(call, cache, vectorize, max_plate_nesting, plate_particles)
+    known = _known(cache, key)
     look = partial(
         _look,
         call,
         key,
+        known,
         num_particles=whole,
         cache=cache,
         vectorize=vectorize,
@@ -128,8 +130,6 @@ def weigh_particles(
             recording=recording,
         )
 
-    known = _known(cache, key)
-    look = partial(look, known=known)
     structure = look() if known is None or not known.settled else known
     try:
         pairs = run(structure)
@@ -162,31 +162,21 @@ def weigh_particles(
 def verdict(
     call: Call,
     *,
-    num_particles: int,
     cache: StructureCache,
     vectorize: bool | None,
     max_plate_nesting: float,
-    warn_of_enumeration: bool = True,
-    minibatch: Minibatch | None = None,
     plate_particles: PlateParticles | None = None,
+    **further: Any,
 ) -> Structure:
     """What :func:`weigh_particles` would go by at first; the arguments are its own."""
-    key = verdict_key(call, cache, vectorize, max_plate_nesting, plate_particles)
+    options: dict[str, Any] = {
+        "vectorize": vectorize,
+        "max_plate_nesting": max_plate_nesting,
+        "plate_particles": plate_particles,
+    }
+    key = verdict_key(call, cache, **options)
     known = _known(cache, key)
-    if known is not None and known.settled:
-        return known
-    return _look(
-        call,
-        key,
-        num_particles=num_particles,
-        cache=cache,
-        vectorize=vectorize,
-        max_plate_nesting=max_plate_nesting,
-        warn_of_enumeration=warn_of_enumeration,
-        minibatch=Minibatch() if minibatch is None else minibatch,
-        plate_particles=plate_particles,
-        known=known,
-    )
+    return known if known is not None and known.settled else _look(call, key, known, cache=cache, **options, **further)
 
 
 def _known(cache: StructureCache, key: tuple[Any, ...]) -> Structure | None:
@@ -199,23 +189,14 @@ def _known(cache: StructureCache, key: tuple[Any, ...]) -> Structure | None:
 def _look(
     call: Call,
     key: tuple[Any, ...],
+    known: Structure | None,
     *,
     num_particles: int,
     cache: StructureCache,
-    vectorize: bool | None,
-    max_plate_nesting: float,
-    warn_of_enumeration: bool,
-    minibatch: Minibatch,
-    plate_particles: PlateParticles | None,
-    known: Structure | None,
+    warn_of_enumeration: bool = True,
+    **options: Any,
 ) -> Structure:
-    structure = inspect(
-        replace(call, drawing=None),
-        vectorize=vectorize,
-        max_plate_nesting=max_plate_nesting,
-        minibatch=minibatch,
-        plate_particles=plate_particles,
-    )
+    structure = inspect(replace(call, drawing=None), **options)
     structure = _announce(structure, num_particles, warn_of_enumeration, cache.latest(key))
     attempts = known.attempts + 1 if known is not None and known.current else 1
     structure = replace(structure, probe=None, attempts=attempts)

@@ -552,6 +552,25 @@ def test_a_structure_that_changes_between_steps():
         assert math.isfinite(elbo.loss_and_grads(model, flat_guide))
 
 
+def test_a_look_that_could_see_nothing_is_repeated():
+    """A coin that fell alike in all particles of a look; looks come between chunks then."""
+
+    def model():
+        with pyro.plate("data", 3):
+            c = pyro.sample("c", dist.Bernoulli(1e-9))
+            pyro.sample("x", dist.Normal(c + pyro.param("p", torch.tensor(0.3)), 1.0), obs=data())
+
+    def guide():
+        with pyro.plate("data", 3):
+            pyro.sample("c", dist.Bernoulli(pyro.param("q", torch.tensor(1e-9))))
+
+    for _ in range(3):
+        elbo = ImportanceWeightedELBO(K, chunk_size=5)
+        for _ in range(3):
+            assert math.isfinite(elbo.loss_and_grads(model, guide))
+            elbo.bound(model, guide).sum().backward()
+
+
 def test_a_model_that_takes_gradients_of_its_own():
     def model():
         with pyro.plate("data", 3):
