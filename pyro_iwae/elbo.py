@@ -108,6 +108,9 @@ class ImportanceWeightedELBO(ELBO):
         >>> bound = ImportanceWeightedELBO(num_particles=4).bound(model, guide, x)  # the guide is the posterior:
         >>> torch.allclose(bound, dist.Normal(0.0, 2**0.5).log_prob(x))  # the bound is the evidence
         True
+        >>> elbo = ImportanceWeightedELBO(num_particles=1000, chunk_size=50)  # the memory of fifty
+        >>> abs(elbo.loss(model, guide, x) + bound.sum().item()) < 1e-4
+        True
     """
 
     def __init__(

@@ -102,6 +102,13 @@ def coins_guide():
         pyro.sample("z", dist.Normal(pyro.param("loc", torch.tensor(0.2)), 0.9))
 
 
+def probable_coins_guide():
+    """Whose logits torch works out when they are asked for, and keeps."""
+    with pyro.plate("data", 3):
+        pyro.sample("c", dist.Bernoulli(pyro.param("q", torch.tensor([0.3, 0.6, 0.5]))))
+        pyro.sample("z", dist.Normal(pyro.param("loc", torch.tensor(0.2)), 0.9))
+
+
 def chained_coins_guide():
     with pyro.plate("data", 3):
         c = pyro.sample("c", dist.Bernoulli(logits=pyro.param("logit", torch.tensor(0.4))))
@@ -203,6 +210,7 @@ PAIRS = {
     "sequential": (unbroadcast_model, unbroadcast_guide),
     "transformed": (chain_model, flow_guide),
     "coins": (coins_model, coins_guide),
+    "coins by probability": (coins_model, probable_coins_guide),
     "coins above": (coins_model, chained_coins_guide),
 }
 
@@ -523,8 +531,13 @@ def test_what_cannot_be_replayed_raises():
 
 def test_parameters_made_on_the_way_are_found():
     """A parameter that takes its first value at random, in a pair that is known already."""
-    pyro.clear_param_store()
     elbo = ImportanceWeightedELBO(K, chunk_size=5)
+
+    def model():
+        width = pyro.param("width", lambda: torch.rand(()) + 0.5)
+        with pyro.plate("data", 3):
+            z = pyro.sample("z", dist.Normal(torch.zeros(2), width).to_event(1))
+            pyro.sample("x", dist.Normal(z.sum(-1), 1.0), obs=data())
 
     def guide():
         with pyro.plate("data", 3):
@@ -533,7 +546,7 @@ def test_parameters_made_on_the_way_are_found():
 
     for _ in range(2):
         pyro.clear_param_store()
-        assert math.isfinite(elbo.loss_and_grads(flat_model, guide))
+        assert math.isfinite(elbo.loss_and_grads(model, guide))
 
 
 def test_a_structure_that_changes_between_steps():
@@ -585,6 +598,13 @@ def test_a_model_that_takes_gradients_of_its_own():
             pyro.sample("z", dist.Normal(pyro.param("loc", torch.zeros(3)), 0.9))
 
     assert_chunks_are_the_whole(model, guide, chunk_sizes=(5,))
+
+
+def test_without_latents():
+    def model():
+        pyro.sample("x", dist.Normal(pyro.param("loc", torch.tensor(0.3)), 1.0), obs=torch.tensor(1.0))
+
+    assert_chunks_are_the_whole(model, lambda: None, chunk_sizes=(5,))
 
 
 # How the guide runs
@@ -861,7 +881,7 @@ def test_nan_in_a_gradient_raises():
     def steep():
         with pyro.plate("data", 50):
             z = pyro.sample("z", dist.Normal(0.0, 1.0))
-            pyro.factor("gate", (z.clamp(min=0.0) * 2.0).sqrt().log())
+            pyro.factor("gate", (z * (z > 0.0)).log())
 
     def steep_guide():
         with pyro.plate("data", 50):
@@ -876,6 +896,8 @@ def test_nan_in_a_gradient_raises():
     elbo = ImportanceWeightedELBO(30, chunk_size=7)
     with pytest.raises(ValueError, match=r"gradient of parameter 'theta' is NaN.*'gate'"):
         elbo.loss_and_grads(gated, steep_guide)
+    with pytest.raises(ValueError, match=r"gradient of parameter 'phi' is NaN.*'gate'"):
+        elbo.loss_and_grads(steep, steep_guide)
     assert all(p.grad is None or not p.grad.isnan().any() for p in parameters())
 
 
