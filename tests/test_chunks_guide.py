@@ -195,12 +195,12 @@ def test_the_value_at_latents_that_a_handler_chose(pair):
     torch.testing.assert_close(values[1], values[0])
 
 
-@pytest.mark.parametrize("pair", ["local", "guide once", "joint", "enumerated"])
+@pytest.mark.parametrize("pair", ["local", "guide once", "joint", "enumerated", "tree"])
 def test_predictive(pair):
     model = PAIRS[pair][0]
     whole, chunked = both(pair)
     found = [Predictive(model, guide=g, num_samples=4000, parallel=True)() for g in (whole, chunked)]
-    for name in found[0].keys() & {"z", "v", "w", "c"}:
+    for name in found[0].keys() & {"z", "v", "w", "c", "g"}:
         assert_same_mean(found[0][name].double(), found[1][name].double())
     one_by_one = Predictive(model, guide=chunked, num_samples=3)()
     assert one_by_one.keys() == found[1].keys()
