@@ -38,7 +38,7 @@ MOST_BROKEN = 3  # steps in a row for which a recording did not hold, before the
 CHECKS = 10, 100  # calls that are compared with model and guide, beside the first and every thousandth
 CHECK_EVERY = 1000
 
-OneStep = Callable[[Call], tuple[Particles, Tensor]]
+OneStep = Callable[[Call], tuple[Particles | None, Tensor]]
 
 
 class Update(Protocol):
@@ -229,7 +229,7 @@ class CompiledSteps:
             parameters = Parameters()
             with poutine.block(), parameters, torch.enable_grad():
                 particles, loss = self.one_step(call)
-            if particles.structure.settled:
+            if particles is None or particles.structure.settled:
                 break
         return parameters, loss
 
@@ -329,9 +329,9 @@ def _leaves(loss: Tensor) -> list[Tensor]:
     return list(found.values())
 
 
-def _watch_nan(particles: Particles, gradients: Sequence[Tensor]) -> None:
+def _watch_nan(particles: Particles | None, gradients: Sequence[Tensor]) -> None:
     """Leaves it to model and guide to say where a particle of weight 0 has put NaN into a gradient."""
-    if gradients:
+    if gradients and particles is not None:
         impossible = (particles.weights.log_weights.detach() == -torch.inf).any()
         total = torch.stack([g.sum().to(gradients[0]) for g in gradients]).sum()
         holds(torch.logical_not(impossible & total.isnan()))

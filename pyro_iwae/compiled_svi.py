@@ -45,6 +45,7 @@ class CompiledSVI:
 
     Raises:
         TypeError: where an argument has the wrong type, or the optimiser is another.
+        ValueError: where the loss runs its particles in chunks.
 
     Example::
 
@@ -66,6 +67,11 @@ class CompiledSVI:
         if not isinstance(loss, ImportanceWeightedELBO):
             raise TypeError(
                 f"expected loss to be an ImportanceWeightedELBO, got {loss!r}; num_particles=1 is Trace_ELBO's loss"
+            )
+        if loss.chunk_size is not None:
+            raise ValueError(
+                f"CompiledSVI records all particles as one graph, got a loss with chunk_size={loss.chunk_size}; write "
+                "SVI(model, guide, optim, loss), or leave chunk_size out"
             )
         self.model, self.guide, self.optim, self.loss = model, guide, optim, loss
         self._plain = copy.copy(loss)
@@ -128,7 +134,7 @@ class CompiledSVI:
         call, done = Call(self.model, self.guide, args, kwargs), 0
         while done < num_steps:
             with torch.enable_grad():
-                found = self._recorded.find(call, self._plain._options)
+                found = self._recorded.find(call, self._plain._frozen)
             if found is not None:
                 try:
                     for loss in self._recorded_steps(*found, num_steps - done):

@@ -15,37 +15,55 @@ from torch import Tensor
 from pyro_iwae.crossing import cross_elements, separating_rounds
 from pyro_iwae.logweights import LogWeights
 from pyro_iwae.plates import Layout, Site
+from pyro_iwae.totals import LogMean
 
-__all__ = ["weighted_mean"]
+__all__ = ["WeightedMean"]
 
 Function = Callable[[dict[str, Tensor]], Tensor]
 Alignment = Callable[[Tensor], Tensor]  # (particles, *plates) to something that broadcasts with the result
 
 
-def weighted_mean(
-    fn: Function, values: dict[str, Tensor], sites: Mapping[str, Site], weights: LogWeights, layout: Layout
-) -> Tensor:
-    """sum_k v_k fn(z_k).
+class WeightedMean:
+    """sum_k v_k fn(z_k) over K particles, which may pass by in chunks.
 
     Args:
         fn: takes values by site, ``(particles, *site shape)``, and returns ``(particles, *shape)``.
-        values: the particles' latents.
-        sites: their sites.
-        weights: their weights.
-        layout: where the columns of the weights lie.
 
-    Returns:
-        Shape ``(*shape)``.
+    Attributes:
+        value: the mean over the particles so far, shape ``(*shape)``.
     """
-    result = fn(values)
-    if not isinstance(result, Tensor) or result.dim() == 0 or result.shape[0] != weights.num_particles:
-        got = f"shape {tuple(result.shape)}" if isinstance(result, Tensor) else type(result).__name__
-        raise ValueError(
-            f"expected fn to keep the particles in front, shape ({weights.num_particles}, ...), got {got}; reduce over "
-            "trailing dimensions only, as in z['w'].mean(-1)"
-        )
-    align = _alignment(fn, result, values, sites, weights, layout)
-    return (align(weights.weights) * result).sum(0)
+
+    def __init__(self, fn: Function) -> None:
+        self.fn = fn
+        self.value = torch.zeros(())
+        self._totals: LogMean | None = None
+        self._align: Alignment | None = None
+
+    def add(self, values: dict[str, Tensor], sites: Mapping[str, Site], weights: LogWeights, layout: Layout) -> None:
+        """Takes in some of the particles, at first two at least, where there are more than one.
+
+        Args:
+            values: the particles' latents.
+            sites: their sites.
+            weights: their weights.
+            layout: where the columns of the weights lie.
+        """
+        result = self.fn(values)
+        if not isinstance(result, Tensor) or result.dim() == 0 or result.shape[0] != weights.num_particles:
+            got = f"shape {tuple(result.shape)}" if isinstance(result, Tensor) else type(result).__name__
+            raise ValueError(
+                f"expected fn to keep the particles in front, shape ({weights.num_particles}, ...), got {got}; reduce "
+                "over trailing dimensions only, as in z['w'].mean(-1)"
+            )
+        if self._align is None:
+            self._align = _alignment(self.fn, result, values, sites, weights, layout)
+        before = self._totals
+        self._totals = weights.totals() if before is None else before.merge(weights.totals())
+        part = (self._align(self._totals.slope(weights.log_weights)) * result).sum(0)
+        if before is not None:
+            share = self._totals.slope(before.log_sum.unsqueeze(0))  # of all that came before
+            part = part + (self._align(share) * self.value.unsqueeze(0)).squeeze(0)
+        self.value = part
 
 
 def _alignment(

@@ -21,10 +21,11 @@ from pyro.poutine.lift_messenger import LiftMessenger
 from pyro.poutine.messenger import block_messengers
 from torch import Tensor
 
+from pyro_iwae.chunks import Chunks, chunks_of, require_chunk_size
 from pyro_iwae.companions import weigh_among
 from pyro_iwae.density import drawn_bracket, elbo_bracket, log_density
 from pyro_iwae.emission import Boundary, Emission
-from pyro_iwae.expectation import weighted_mean
+from pyro_iwae.expectation import WeightedMean
 from pyro_iwae.given import weigh_at
 from pyro_iwae.handlers import Minibatch, ParticlePlate, enclosing_frames
 from pyro_iwae.logweights import LogWeights
@@ -33,7 +34,7 @@ from pyro_iwae.owning import Owning
 from pyro_iwae.particles import Call
 from pyro_iwae.plates import Layout
 from pyro_iwae.resampling import multinomial
-from pyro_iwae.selection import Selection, difference, model_values, select
+from pyro_iwae.selection import Passed, Selection, difference, model_values, select, select_passing
 from pyro_iwae.state import module_behind, unchanged_state
 from pyro_iwae.structure import Structure, StructureCache
 from pyro_iwae.tree import PlateParticles
@@ -84,12 +85,14 @@ class ImportanceResampledGuide(Owning):
         num_particles: how many particles, K.
         plate_particles: further particles of the latents of some plates, as for :class:`ImportanceWeightedELBO`: what
             lies outside these plates is drawn first, then each of their elements given that, by weights of its own.
+        chunk_size: at most so many particles of each draw in memory at once; None is all. Particles pass by, and one is
+            held: draws then have no gradient, and going back through one raises ``NotImplementedError``.
         vectorize_particles: as for :class:`ImportanceWeightedELBO`.
         max_plate_nesting: likewise.
 
     Raises:
         TypeError: where an argument has the wrong type.
-        ValueError: where ``num_particles`` is below 1.
+        ValueError: where ``num_particles`` or ``chunk_size`` is below 1.
 
     Example::
 
@@ -113,6 +116,7 @@ class ImportanceResampledGuide(Owning):
         num_particles: int = 64,
         *,
         plate_particles: Mapping[str, int] | str | None = None,
+        chunk_size: int | None = None,
         vectorize_particles: bool | None = None,
         max_plate_nesting: float = math.inf,
     ) -> None:
@@ -125,6 +129,7 @@ class ImportanceResampledGuide(Owning):
         self.num_particles = as_count("num_particles", num_particles)
         PlateParticles.of(plate_particles, num_particles=self.num_particles)
         self.plate_particles = plate_particles
+        self.chunk_size = require_chunk_size(chunk_size)
         self.vectorize_particles = vectorize_particles
         self.max_plate_nesting = max_plate_nesting
         self._structures = StructureCache()
@@ -137,15 +142,17 @@ class ImportanceResampledGuide(Owning):
         call = self._call(args, kwargs, enclosing_frames())
         with self._inside():
             self._set_up(call)
-            particles = self._weigh(call)
+            passed = self._select(call)
+            particles, selection = passed.particles, passed.selection
             _require_enclosing(particles.layout, call.enclosing)
-            selection = select(call, particles, multinomial(particles.weights.log_weights))
+        selection = selection.refusing() if passed.refuses else selection
         emit = Emission(particles, selection, call.enclosing)
         with particles.minibatch:
             emitted = emit.values()
         if emit.replaced:
-            with self._inside():
-                selection = self._density_at(call, emitted, particles)
+            with self._inside(), torch.set_grad_enabled(torch.is_grad_enabled() and not passed.refuses):
+                selection = self._density_at(call, emitted, particles, passed.log_others)
+            selection = selection.refusing() if passed.refuses else selection
         with particles.minibatch:
             emit.density(selection.log_density)
             if particles.structure.run.vectorized:  # else no plate can go around it
@@ -170,6 +177,15 @@ class ImportanceResampledGuide(Owning):
         with block_messengers(lambda m: isinstance(m, LiftMessenger)), Boundary():
             yield
 
+    def _select(self, call: Call) -> Passed:
+        chunks = self._chunks(call)
+        if chunks is not None:
+            return select_passing(chunks)
+        particles = self._weigh(call)
+        log_weights = particles.weights.log_weights
+        selection = select(call, particles, multinomial(log_weights))
+        return Passed(selection, particles, log_weights.logsumexp(0), log_weights[1:].logsumexp(0))
+
     def _weigh(
         self,
         call: Call,
@@ -178,15 +194,22 @@ class ImportanceResampledGuide(Owning):
         in_plates: bool = True,
         **options: Any,
     ) -> Particles:
-        return weigh_particles(
-            call,
-            num_particles=self.num_particles if num_particles is None else num_particles,
-            cache=self._structures,
-            vectorize=self.vectorize_particles,
-            max_plate_nesting=self.max_plate_nesting,
-            plate_particles=self._wanted if in_plates else None,
-            **options,
-        )
+        count = self.num_particles if num_particles is None else num_particles
+        return weigh_particles(call, num_particles=count, **self._options(in_plates), **options)
+
+    def _chunks(self, call: Call, minibatch: Minibatch | None = None, *, least: int = 1) -> Chunks | None:
+        """How K particles are run if they are more than may be in memory; None if not."""
+        size = None if self.chunk_size is None else max(least, self.chunk_size)
+        options = self._options(True)
+        return chunks_of(call, num_particles=self.num_particles, chunk_size=size, minibatch=minibatch, **options)
+
+    def _options(self, in_plates: bool) -> dict[str, Any]:
+        return {
+            "cache": self._structures,
+            "vectorize": self.vectorize_particles,
+            "max_plate_nesting": self.max_plate_nesting,
+            "plate_particles": self._wanted if in_plates else None,
+        }
 
     @property
     def _wanted(self) -> PlateParticles | None:
@@ -202,12 +225,13 @@ class ImportanceResampledGuide(Owning):
             return at, log_p, lambda: at.weights.log_weights
         return at, log_p, lambda: weigh_among(call, draws, self._weigh, at.minibatch)
 
-    def _density_at(self, call: Call, values: Mapping[str, Tensor], particles: Particles) -> Selection:
+    def _density_at(
+        self, call: Call, values: Mapping[str, Tensor], particles: Particles, log_others: Tensor
+    ) -> Selection:
         """log q~ at values that a handler chose, its companions K - 1 of the particles, whichever was selected."""
         stacked = {n: v.unsqueeze(0) for n, v in values.items()}
         _, log_p, weigh = self._at(call, stacked, particles.minibatch, masked=True)
-        log_weights = torch.cat([weigh(), particles.weights.log_weights[1:]])
-        bound = log_weights.logsumexp(0) - math.log(self.num_particles)
+        bound = torch.logaddexp(weigh().squeeze(0), log_others) - math.log(self.num_particles)
         return Selection(dict(values), {}, difference(log_p.squeeze(0), bound))
 
     # Away from Pyro's handlers
@@ -242,6 +266,7 @@ class ImportanceResampledGuide(Owning):
             if not structure.run.vectorized:
                 return _stacked([self(*args, **kwargs) for _ in range(num_draws)])
             most = structure.run.tree.most(self.num_particles)
+            most = most if self.chunk_size is None else min(most, self.chunk_size)
             per_pass = max(1, NUMBERS_PER_PASS // (most * max(1, structure.numbers)))
             blocks = []
             for start in range(0, num_draws, per_pass):
@@ -275,9 +300,11 @@ class ImportanceResampledGuide(Owning):
         total: Tensor | float = 0.0
         with self._apart():
             for _ in range(as_count("num_batches", num_batches)):
-                particles = self._weigh(call)
-                values, sites = model_values(call, particles)
-                total = total + weighted_mean(fn, values, sites, particles.weights, particles.layout)
+                mean, chunks = WeightedMean(fn), self._chunks(call, least=2)  # of one fn would not tell its dimensions
+                for particles in [self._weigh(call)] if chunks is None else chunks.with_guide_once(cut=False).draw():
+                    mean.add(*model_values(call, particles), particles.weights, particles.layout)
+                    del particles
+                total = total + mean.value
         return torch.as_tensor(total / num_batches)
 
     def log_density(
@@ -305,7 +332,7 @@ class ImportanceResampledGuide(Owning):
         with self._apart():
             at, log_p, weigh = self._at(call, dict(draws))
             _refuse_tempered(at.weights, "log_density")
-            batches = [self._companions(call, at.minibatch) for _ in range(num_batches)]
+            batches = (self._companions(call, at.minibatch).log_weights for _ in range(num_batches))
             sums = torch.stack([batch[1:].logsumexp(0) for batch in batches])
             log_weights = torch.stack([weigh() for _ in range(num_batches)], 1)
             return log_density(log_p, log_weights, sums, num_particles=self.num_particles)
@@ -339,18 +366,24 @@ class ImportanceResampledGuide(Owning):
 
     def _bracket(self, call: Call, num_batches: int) -> Tensor:
         """(lower, upper) from M + 1 batches: each gives a draw, and fresh companions for the draws of the others."""
-        first = self._weigh(call)
-        _refuse_tempered(first.weights, "elbo_interval")
-        rest = [self._companions(call, first.minibatch) for _ in range(num_batches)]
         if self._wanted is None:
-            return elbo_bracket(torch.stack([first.weights.log_weights, *rest]))
-        selection = select(call, first, multinomial(first.weights.log_weights))
-        _, _, weigh = self._at(call, {n: v.unsqueeze(0) for n, v in selection.values.items()}, first.minibatch)
-        fresh = torch.stack([torch.logaddexp(weigh().squeeze(0), batch[1:].logsumexp(0)) for batch in rest])
-        return drawn_bracket(first.weights.log_weights.logsumexp(0), fresh, num_particles=self.num_particles)
+            minibatch = Minibatch()
+            batches = [self._companions(call, minibatch) for _ in range(num_batches + 1)]
+            _refuse_tempered(batches[0], "elbo_interval")
+            return elbo_bracket(torch.stack([batch.log_weights for batch in batches]))
+        passed = self._select(call)
+        first, values = passed.particles, passed.selection.values
+        _refuse_tempered(first.weights, "elbo_interval")
+        rest = [self._companions(call, first.minibatch).log_weights[1:].logsumexp(0) for _ in range(num_batches)]
+        _, _, weigh = self._at(call, {n: v.unsqueeze(0) for n, v in values.items()}, first.minibatch)
+        fresh = torch.stack([torch.logaddexp(weigh().squeeze(0), others) for others in rest])
+        return drawn_bracket(passed.log_sum, fresh, num_particles=self.num_particles)
 
-    def _companions(self, call: Call, minibatch: Minibatch) -> Tensor:
-        return self._weigh(call, minibatch=minibatch).weights.log_weights
+    def _companions(self, call: Call, minibatch: Minibatch) -> LogWeights:
+        chunks = self._chunks(call, minibatch)
+        if chunks is None:
+            return self._weigh(call, minibatch=minibatch).weights
+        return chunks.values()
 
 
 def _stacked(draws: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -103,6 +103,55 @@ class LogWeights:
         value = torch.where(impossible, 1.0, total).log() + origin - math.log(self.num_particles)
         return torch.where(impossible, -math.inf, value)
 
+    @classmethod
+    def joined(cls, chunks: Sequence[LogWeights], *, depth: int = 0) -> LogWeights:
+        """Chunks of particles as one record; without a cut.
+
+        Args:
+            chunks: in order.
+            depth: how far inside the root they are.
+        """
+        first, count = chunks[0], sum(c.log_weights.shape[depth] for c in chunks)
+
+        def along(values: Sequence[Tensor | None]) -> Tensor | None:
+            found = [v for v in values if v is not None]
+            return torch.cat(found, depth) if found else None
+
+        shares = [c.log_weights.shape[depth] / count for c in chunks]
+        children = zip(*(c.children for c in chunks), strict=True)
+        return replace(
+            first,
+            log_weights=torch.cat([c.log_weights for c in chunks], depth),
+            constant={n: _weighed([c.constant[n] for c in chunks], shares) for n in first.constant},
+            score=along([c.score for c in chunks]),
+            score_log_q=along([c.score_log_q for c in chunks]),
+            cut=None,
+            children=tuple(cls.joined(same, depth=depth + 1) for same in children),
+        )
+
+    def mapped(self, fn: Callable[[Tensor], Tensor]) -> LogWeights:
+        """The record with other numbers for those that have a graph: weights, scores, constants, children's too."""
+        return replace(
+            self,
+            log_weights=fn(self.log_weights),
+            constant={n: fn(value) for n, value in self.constant.items()},
+            score=None if self.score is None else fn(self.score),
+            score_log_q=None if self.score_log_q is None else fn(self.score_log_q),
+            cut=None,
+            children=tuple(child.mapped(fn) for child in self.children),
+        )
+
+    def numbers(self) -> list[Tensor]:
+        """What :meth:`mapped` goes through, in its order."""
+        found = list[Tensor]()
+
+        def collect(value: Tensor) -> Tensor:
+            found.append(value)
+            return value
+
+        self.mapped(collect)
+        return found
+
     def grown(self, children: Sequence[LogWeights]) -> LogWeights:
         """This node with children, whose bounds are added to its log weights."""
         log_weights = self.log_weights
@@ -151,3 +200,7 @@ class LogWeights:
             score_log_q=take(self.score_log_q),
             cut=cut,
         )
+
+
+def _weighed(values: Sequence[Tensor], shares: Sequence[float]) -> Tensor:
+    return sum((share * v for v, share in zip(values[1:], shares[1:], strict=True)), start=shares[0] * values[0])

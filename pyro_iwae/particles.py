@@ -39,6 +39,7 @@ class Call:
         args: positional arguments of both.
         kwargs: keyword arguments of both.
         enclosing: plates, entered further out, to run in.
+        drawing: what is run in the guide's place, if anything: its distributions, where they are known already.
     """
 
     model: Program
@@ -46,6 +47,7 @@ class Call:
     args: tuple[Any, ...]
     kwargs: Mapping[str, Any]
     enclosing: tuple[CondIndepStackFrame, ...] = ()
+    drawing: Program | None = None
 
 
 @dataclass(frozen=True)
@@ -147,7 +149,7 @@ def run_particles(
     once = partial(
         run_pair,
         call.model,
-        call.guide,
+        call.guide if call.drawing is None else call.drawing,
         call.args,
         call.kwargs,
         around=around,

@@ -19,6 +19,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from pyro_iwae.logweights import LogWeights
+from pyro_iwae.totals import LogMean
 
 __all__ = ["Reach"]
 
@@ -53,20 +54,27 @@ class Reach:
     count: int
 
     @classmethod
-    def of(cls, root: LogWeights, *, slope: Tensor | None = None, share: Tensor | None = None) -> Reach:
+    def of(
+        cls,
+        root: LogWeights,
+        totals: LogMean | None = None,
+        *,
+        slope: Tensor | None = None,
+        share: Tensor | None = None,
+    ) -> Reach:
         """The root.
 
         Args:
             root: its log weights.
+            totals: the bound at all K particles, where these are a part of them.
             slope: derivative of the objective by each, where that is not their log-mean-exp.
             share: what stands for the share there; it may be negative.
         """
-        totals = root.totals()
+        totals = root.totals() if totals is None else totals
         log_share, log_others = totals.log_shares(root.log_weights)
         slope = log_share.exp() if slope is None else slope
         share = log_share.exp() if share is None else share
-        count = root.num_particles
-        return cls(root, slope, share, share, log_share, log_others, log_others, totals.value, 1.0, count)
+        return cls(root, slope, share, share, log_share, log_others, log_others, totals.value, 1.0, totals.count)
 
     def below(self) -> Iterator[Reach]:
         """The nodes inside this one, each followed by those inside it."""

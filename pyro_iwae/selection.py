@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -16,18 +17,20 @@ from pyro.poutine import Trace
 from pyro.poutine.indep_messenger import CondIndepStackFrame
 from torch import Tensor
 
+from pyro_iwae.chunks import Chunks, Impossible
 from pyro_iwae.gradients import OVIS, Pathwise
 from pyro_iwae.handlers import EnclosingPlates, Minibatch
 from pyro_iwae.logweights import LogWeights
 from pyro_iwae.particles import Call, spread_value, stacked_latents, stacked_value, unchanged_enumeration
 from pyro_iwae.plates import PARTICLES, Layout, Site, latent_sites
+from pyro_iwae.resampling import streaming
 from pyro_iwae.terms import joint_log_density
 from pyro_iwae.traces import Unmasked
 from pyro_iwae.tree import Tree
 from pyro_iwae.walking import Stand, chosen, log_density, walks
 from pyro_iwae.weighing import Particles
 
-__all__ = ["Selection", "difference", "latent_values", "model_values", "select"]
+__all__ = ["Passed", "Selection", "difference", "latent_values", "model_values", "select", "select_passing"]
 
 
 @dataclass(frozen=True)
@@ -40,6 +43,34 @@ class Selection:
     pathwise: Tensor | None = None  # where the guide has discrete sites, the pieces of the gradient of log q~
     score: Tensor | None = None
 
+    def refusing(self) -> Selection:
+        """The same, and an error where anything goes back through it."""
+        values = {n: _refusing(v) for n, v in self.values.items()}
+        return replace(self, values=values, log_density=_refusing(self.log_density))
+
+
+def _refusing(value: Tensor) -> Tensor:
+    if not value.is_floating_point():
+        return value
+    refusing: Tensor = _Refusal.apply(value, torch.zeros((), requires_grad=True))
+    return refusing
+
+
+class _Refusal(torch.autograd.Function):
+    """A number whose graph was not kept."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, anchor: Tensor) -> Tensor:
+        return value.clone()
+
+    @staticmethod
+    def backward(ctx: Any, slope: Tensor) -> Any:
+        raise NotImplementedError(
+            "a draw of ImportanceResampledGuide(chunk_size=...) has no gradient: of its K particles one was kept, and "
+            "no graph. To train model and guide write ImportanceWeightedELBO(num_particles=K, chunk_size=...), whose "
+            "gradient it would have; to go back through a draw itself leave chunk_size out"
+        )
+
 
 def select(call: Call, particles: Particles, index: Tensor) -> Selection:
     """Takes one particle for each independent element.
@@ -50,23 +81,98 @@ def select(call: Call, particles: Particles, index: Tensor) -> Selection:
         index: the particle of each element, ``(*plates)``. Inside it one particle is drawn by weight for each element
             of a plate that has particles of its own, and so on.
     """
-    layout, weights = particles.layout, particles.weights
-    stands = walks(weights, index.unsqueeze(0))
-    carried, sites = _carried(particles, stands)
-    drawn = {n: v.squeeze(0) for n, v in carried.items()}
-    log_p = log_density(particles, stands).squeeze(0)
-    if particles.structure.run.enumerated:
-        trace = _draw_enumerated(call, drawn, particles.minibatch, particles.structure.run.depth)
-        summed_out = dict(latent_sites(trace))
-        log_p = joint_log_density(trace, particles.pairs[0].guide, Layout(layout.plates)).squeeze(0)
-        sites |= summed_out
-        drawn |= {n: s["value"] for n, s in summed_out.items()}
-    values, sites = _of_model(drawn, sites)
+    weights, picked = particles.weights, _picked(particles, index)
+    values, sites, log_p = _completed(call, particles, picked)
     density = difference(log_p, _differentiable_bound(weights))
     score = _score(weights)
     if score is None:
         return Selection(values, sites, density)
     return Selection(values, sites, density, difference(log_p, weights.bound()), score)
+
+
+@dataclass(frozen=True)
+class Passed:
+    """What is kept of K particles.
+
+    Attributes:
+        selection: one draw of them; without a graph if they have passed by in chunks.
+        particles: all of them, or the last chunk.
+        log_sum: log-sum-exp of all K weights, ``(*plates)``.
+        log_others: that of all but the first.
+        refuses: whether there would be a gradient, which was not kept.
+    """
+
+    selection: Selection
+    particles: Particles
+    log_sum: Tensor
+    log_others: Tensor
+    refuses: bool = False
+
+
+def select_passing(chunks: Chunks) -> Passed:
+    """Takes one particle of K for each independent element, with one chunk in memory."""
+    held: Any = None
+    graph, seen = torch.is_grad_enabled(), Impossible()
+    log_sum = log_others = torch.tensor(-math.inf)
+    chunks = chunks.with_guide_once(cut=False)
+    with torch.no_grad():
+        drawing, count = chunks.draw(), len(chunks.edges)
+        for i in range(count):
+            with torch.set_grad_enabled(graph and held is None):  # one chunk tells whether there is a graph
+                particles = next(drawing)
+            log_weights = seen.looked_at(particles).log_weights
+            if held is None:
+                graph = log_weights.requires_grad
+                log_sum = log_others = torch.full_like(log_weights[0], -math.inf)
+            index, taken, log_sum = streaming(log_weights, log_sum)
+            picked = _picked(particles, index)
+            log_others = torch.logaddexp(log_others, log_weights[held is None :].logsumexp(0))
+            held = picked if held is None else held.or_instead(picked, taken, particles.layout)
+            if i < count - 1:
+                del particles, log_weights, picked  # before the next chunk is made
+        seen.warn_of(log_sum == -math.inf, chunks.num_particles)
+        values, sites, log_p = _completed(chunks.call, particles, held)
+        density = difference(log_p, log_sum - math.log(chunks.num_particles))
+    return Passed(Selection(values, sites, density), particles, log_sum, log_others, graph)
+
+
+@dataclass(frozen=True)
+class _Picked:
+    """The guide's latents at the particle of each element, their sites, and log p(x, z) there."""
+
+    values: dict[str, Tensor]
+    sites: dict[str, Site]
+    log_p: Tensor
+
+    def or_instead(self, other: _Picked, taken: Tensor, layout: Layout) -> _Picked:
+        """The other one in those elements where it is taken."""
+        if not layout.plates:
+            return other if bool(taken) else self
+        values = {}
+        for name, site in other.sites.items():
+            both = torch.stack([self.values[name], other.values[name]])
+            where = layout.align(taken.long().unsqueeze(0), site, both)
+            values[name] = both.gather(0, where.expand(1, *both.shape[1:])).squeeze(0)
+        return _Picked(values, other.sites, torch.where(taken, other.log_p, self.log_p))
+
+
+def _picked(particles: Particles, index: Tensor) -> _Picked:
+    stands = walks(particles.weights, index.unsqueeze(0))
+    carried, sites = _carried(particles, stands)
+    drawn = {n: v.squeeze(0) for n, v in carried.items()}
+    return _Picked(drawn, sites, log_density(particles, stands).squeeze(0))
+
+
+def _completed(call: Call, particles: Particles, picked: _Picked) -> tuple[dict[str, Tensor], dict[str, Site], Tensor]:
+    """The model's latents, those that were summed out too, their sites, and log p of all."""
+    drawn, sites, log_p = dict(picked.values), dict(picked.sites), picked.log_p
+    if particles.structure.run.enumerated:
+        trace = _draw_enumerated(call, drawn, particles.minibatch, particles.structure.run.depth)
+        summed_out = dict(latent_sites(trace))
+        log_p = joint_log_density(trace, particles.pairs[0].guide, Layout(particles.layout.plates)).squeeze(0)
+        sites |= summed_out
+        drawn |= {n: s["value"] for n, s in summed_out.items()}
+    return *_of_model(drawn, sites), log_p
 
 
 def latent_values(particles: Particles) -> tuple[dict[str, Tensor], dict[str, Site]]:

@@ -17,7 +17,14 @@ from pyro.util import get_rng_state, set_rng_state
 from torch import Tensor
 from torch.nn.parameter import is_lazy
 
-__all__ = ["get_random_state", "module_behind", "moved_slightly", "set_random_state", "unchanged_state"]
+__all__ = [
+    "FreshParameters",
+    "get_random_state",
+    "module_behind",
+    "moved_slightly",
+    "set_random_state",
+    "unchanged_state",
+]
 
 
 def get_random_state() -> tuple[Any, Any]:

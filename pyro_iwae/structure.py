@@ -111,6 +111,7 @@ class StructureCache:
         self.said: set[str] = set()  # what was warned of apart from the verdicts
         self.recorded: dict[Any, Any] = {}  # steps that were recorded, by model and guide and all that they hang on
         self.made: dict[Any, int] = {}  # how many were made
+        self.redraws: dict[Any, bool] = {}  # whether the guide's distributions can be drawn from again
         self.enumerated: dict[Any, int] = {}  # nesting of the pairs that one particle leaves to TraceEnum_ELBO
 
     def __reduce__(self) -> tuple[type[StructureCache], tuple[()]]:
@@ -147,7 +148,7 @@ class StructureCache:
 
     def _forget(self, number: int) -> None:
         self._watched.pop(number, None)
-        for kept in (self._latest, self._verdicts, self.enumerated, self.recorded, self.made):
+        for kept in (self._latest, self._verdicts, self.enumerated, self.recorded, self.made, self.redraws):
             for key in [k for k in kept if any(isinstance(p, tuple) and p[:1] == (number,) for p in k)]:
                 del kept[key]
 

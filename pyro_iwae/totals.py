@@ -69,6 +69,10 @@ class Totals(ABC):
         """The objective of the guide's parameters, where it is not that of the model's."""
         return self
 
+    def part(self, start: int, stop: int) -> Totals:
+        """The same objective, to be asked about particles ``start`` to ``stop``; only groups tell these apart."""
+        return self
+
     def advantage(
         self, log_weights: Float[Tensor, "particles *plates"], *, balance: float | Tensor = 0.0
     ) -> Float[Tensor, "particles *plates"]:

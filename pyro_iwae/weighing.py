@@ -12,6 +12,7 @@ import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -32,7 +33,18 @@ from pyro_iwae.terms import Term, joined, one_scale, outer_scale, terms_of, weig
 from pyro_iwae.traces import Pair, Recording, require_site_shapes
 from pyro_iwae.tree import CHANGING_SITES, PlateParticles, Tree, combine_problem
 
-__all__ = ["Particles", "constants_of", "subsampled_inside", "subsampling_problem", "weigh", "weigh_particles"]
+__all__ = [
+    "Particles",
+    "constants_of",
+    "impossible_sites",
+    "subsampled_inside",
+    "subsampling_problem",
+    "verdict",
+    "verdict_key",
+    "warn_of_impossible",
+    "weigh",
+    "weigh_particles",
+]
 
 
 @dataclass(frozen=True)
@@ -70,6 +82,7 @@ def weigh_particles(
     averaged: bool = True,
     recording: Recording | None = None,
     plate_particles: PlateParticles | None = None,
+    among: int | None = None,
 ) -> Particles:
     """Runs and weighs K particles; model and guide are inspected when they, their sites or their plates are new.
 
@@ -86,26 +99,26 @@ def weigh_particles(
         averaged: whether the K weights are to be averaged; False where each is wanted for itself.
         recording: what to record for back-propagation; None is all, and no cut.
         plate_particles: the plates that have particles of their own.
+        among: K, where these are a chunk of the K; that all of a chunk are impossible is then for the caller to say.
     """
     recording = Recording() if recording is None else recording
-    plates = tuple((f.name, f.dim) for f in call.enclosing)
-    switches = (*map(_switch, call.args), *((n, _switch(v)) for n, v in sorted(call.kwargs.items())))
-    key = cache.key(call.model, call.guide, plates, vectorize, max_plate_nesting, plate_particles, switches)
     minibatch = Minibatch() if minibatch is None else minibatch
-
-    def look() -> Structure:
-        structure = inspect(
-            call,
-            vectorize=vectorize,
-            max_plate_nesting=max_plate_nesting,
-            minibatch=minibatch,
-            plate_particles=plate_particles,
-        )
-        structure = _announce(structure, num_particles, warn_of_enumeration, cache.latest(key))
-        attempts = known.attempts + 1 if known is not None and known.current else 1
-        structure = replace(structure, probe=None, attempts=attempts)
-        cache.store(key, structure)
-        return structure
+    whole = num_particles if among is None else among
+    key = verdict_key(call, cache, vectorize, max_plate_nesting, plate_particles)
+    known = _known(cache, key)
+    look = partial(
+        _look,
+        call,
+        key,
+        known,
+        num_particles=whole,
+        cache=cache,
+        vectorize=vectorize,
+        max_plate_nesting=max_plate_nesting,
+        warn_of_enumeration=warn_of_enumeration,
+        minibatch=minibatch,
+        plate_particles=plate_particles,
+    )
 
     def run(structure: Structure) -> list[Pair]:
         return run_particles(
@@ -118,9 +131,6 @@ def weigh_particles(
             recording=recording,
         )
 
-    known = cache.latest(key)
-    if known is not None and not known.current:
-        known = cache.find(key, known.signature) or known
     structure = look() if known is None or not known.settled else known
     try:
         pairs = run(structure)
@@ -148,9 +158,67 @@ def weigh_particles(
         _announce_cuts(pairs[0], cache.said)
     layouts = _common_layouts(structure, pairs, num_particles, alike=described)
     if averaged:
-        require_full_plates(pairs[0], layouts, structure.run.tree, num_particles)
-    weights = weigh(pairs, layouts, structure.run, num_particles, cut=recording.cut)
+        require_full_plates(pairs[0], layouts, structure.run.tree, whole)
+    weights = weigh(pairs, layouts, structure.run, num_particles, cut=recording.cut, whole=among is None)
     return Particles(weights, pairs, layouts, structure, minibatch)
+
+
+def verdict(
+    call: Call,
+    *,
+    cache: StructureCache,
+    vectorize: bool | None,
+    max_plate_nesting: float,
+    plate_particles: PlateParticles | None = None,
+    **further: Any,
+) -> Structure:
+    """What :func:`weigh_particles` would go by at first; the arguments are its own."""
+    options: dict[str, Any] = {
+        "vectorize": vectorize,
+        "max_plate_nesting": max_plate_nesting,
+        "plate_particles": plate_particles,
+    }
+    key = verdict_key(call, cache, **options)
+    known = _known(cache, key)
+    return known if known is not None and known.settled else _look(call, key, known, cache=cache, **options, **further)
+
+
+def _known(cache: StructureCache, key: tuple[Any, ...]) -> Structure | None:
+    known = cache.latest(key)
+    if known is not None and not known.current:
+        return cache.find(key, known.signature) or known
+    return known
+
+
+def _look(
+    call: Call,
+    key: tuple[Any, ...],
+    known: Structure | None,
+    *,
+    num_particles: int,
+    cache: StructureCache,
+    warn_of_enumeration: bool = True,
+    **options: Any,
+) -> Structure:
+    structure = inspect(replace(call, drawing=None), **options)
+    structure = _announce(structure, num_particles, warn_of_enumeration, cache.latest(key))
+    attempts = known.attempts + 1 if known is not None and known.current else 1
+    structure = replace(structure, probe=None, attempts=attempts)
+    cache.store(key, structure)
+    return structure
+
+
+def verdict_key(
+    call: Call,
+    cache: StructureCache,
+    vectorize: bool | None,
+    max_plate_nesting: float,
+    plate_particles: PlateParticles | None,
+) -> tuple[Any, ...]:
+    """What the verdict on a call is kept by."""
+    plates = tuple((f.name, f.dim) for f in call.enclosing)
+    switches = (*map(_switch, call.args), *((n, _switch(v)) for n, v in sorted(call.kwargs.items())))
+    return cache.key(call.model, call.guide, plates, vectorize, max_plate_nesting, plate_particles, switches)
 
 
 def _switch(value: Any) -> bool | None:
@@ -268,7 +336,13 @@ def _same_mask(mask: Tensor, other: Any) -> bool:
 
 
 def weigh(
-    pairs: Sequence[Pair], layouts: Sequence[Layout], run: Run, num_particles: int, *, cut: bool = False
+    pairs: Sequence[Pair],
+    layouts: Sequence[Layout],
+    run: Run,
+    num_particles: int,
+    *,
+    cut: bool = False,
+    whole: bool = True,
 ) -> LogWeights:
     """Makes the log weights of K particles, from the leaves of the plate tree to its root.
 
@@ -278,6 +352,7 @@ def weigh(
         run: how the particles were run.
         num_particles: K.
         cut: whether to tell apart the values that were cut.
+        whole: whether these are all particles, so that it is worth a warning where all are impossible.
 
     Raises:
         ValueError: where a weight is NaN or +inf.
@@ -307,7 +382,7 @@ def weigh(
             if tree.combined:
                 node = _drawn_once(node)
         grown[i] = node.grown([grown[child] for child in tree.children(i)])
-        _explain_infinite(grown[i], tables[i])
+        _explain_infinite(grown[i], tables[i], warn=whole or i > 0)
     return grown[0]
 
 
@@ -462,7 +537,7 @@ def constants_of(tables: Sequence[Sequence[Term]]) -> dict[tuple[str, ...], Tens
     return constants
 
 
-def _explain_infinite(weights: LogWeights, tables: Sequence[Sequence[Term]]) -> None:
+def _explain_infinite(weights: LogWeights, tables: Sequence[Sequence[Term]], *, warn: bool) -> None:
     """Raises on NaN and +inf with the site's name; warns where every particle of an element is impossible."""
     if weights.log_weights.numel() == 0:
         return
@@ -478,14 +553,20 @@ def _explain_infinite(weights: LogWeights, tables: Sequence[Sequence[Term]]) -> 
             raise ValueError(infinity_message(term.role, term.name))
     if bool(weights.log_weights.isnan().any()):
         raise ValueError("log weights are NaN although no site's log density is; look for overflow in the model")
-    impossible = (weights.log_weights == -math.inf).all(0)
+    if warn:
+        impossible = (weights.log_weights == -math.inf).all(0)
+        warn_of_impossible(impossible, weights.num_particles, lambda: impossible_sites(tables))
+
+
+def warn_of_impossible(impossible: Tensor, num_particles: int, sites: Callable[[], set[str]]) -> None:
+    """Warns where all particles of an independent element are impossible, with the sites at fault."""
     if bool(impossible.any()):
-        names = sorted(impossible_sites(tables))
         warnings.warn(
-            f"all {weights.num_particles} particles are impossible (log weight -inf) for {int(impossible.sum())} of "
-            f"{impossible.numel()} independent elements, through site {', '.join(map(repr, names))}; the bound is -inf "
-            "there and its gradient 0. Let the guide reach values that the model allows, or use more particles",
-            stacklevel=2,
+            f"all {num_particles} particles are impossible (log weight -inf) for {int(impossible.sum())} of "
+            f"{impossible.numel()} independent elements, through site {', '.join(map(repr, sorted(sites())))}; the "
+            "bound is -inf there and its gradient 0. Let the guide reach values that the model allows, or use more "
+            "particles",
+            stacklevel=3,
         )
 
 

@@ -8,10 +8,15 @@ visits every one of them; weighing them by their probabilities gives the expecta
 """
 
 import math
+import zlib
 
 import numpy as np
+import pyro.distributions as dist
 import torch
 from pyro.poutine.messenger import Messenger
+from pyro.poutine.util import site_is_subsample
+
+from pyro_iwae.plates import PARTICLES
 
 
 class Inject(Messenger):
@@ -65,3 +70,63 @@ def tiled(first, second):
     """Outcomes of two independent kinds of noise, (.., n) and (.., m), side by side: (.., n * m) each."""
     n, m = first.shape[-1], second.shape[-1]
     return first.repeat_interleave(m, -1), second.repeat((1,) * (second.dim() - 1) + (n,))
+
+
+class SameParticles(Messenger):
+    """Gives each particle noise that goes by its number, whether it runs with all K, in a chunk, or by itself.
+
+    For sites that are made of Gaussians, coins and categories, straight or through transforms. Runs of two particles,
+    which only look at a guide, are left alone: let no chunk be of two.
+    """
+
+    def __init__(self, num_particles):
+        super().__init__()
+        self.num_particles, self.passed = num_particles, {}
+
+    def _pyro_sample(self, msg):
+        fn = msg["fn"]
+        if msg["done"] or msg["is_observed"] or site_is_subsample(msg) or isinstance(bare(fn), dist.Delta):
+            return
+        dims = [f.dim for f in msg["cond_indep_stack"] if f.name.startswith(PARTICLES)]
+        count = fn.batch_shape[max(dims)] if dims else 1
+        if count == 2:
+            return
+        start = self.passed.get(msg["name"], 0)
+        self.passed[msg["name"]] = (start + count) % self.num_particles
+        shape = list(fn.batch_shape)
+        if dims:
+            del shape[max(dims)]
+        rows = [self.row(msg["name"], k, (*shape, *fn.event_shape)) for k in range(start, start + count)]
+        noise = torch.stack(rows, len(rows[0].shape) + 1 + max(dims) - len(fn.event_shape)) if dims else rows[0]
+        value = drawn(fn, noise)
+        msg["value"], msg["done"] = value if fn.has_rsample else value.detach(), True
+
+    @staticmethod
+    def row(name, number, shape):
+        generator = torch.Generator().manual_seed(zlib.crc32(f"{name} {number}".encode()))
+        return torch.randn(shape, generator=generator, dtype=torch.get_default_dtype())
+
+
+def bare(fn):
+    """The distribution inside all that only reshapes or masks it."""
+    while hasattr(fn, "base_dist") and not hasattr(fn, "transforms"):
+        fn = fn.base_dist
+    return fn
+
+
+def drawn(fn, noise):
+    """A draw made of standard Gaussian noise."""
+    fn = bare(fn)
+    if hasattr(fn, "transforms"):
+        value = drawn(fn.base_dist, noise)
+        for transform in fn.transforms:
+            value = transform(value)
+        return value
+    if hasattr(fn, "scale_tril"):
+        return fn.loc + (fn.scale_tril @ noise.unsqueeze(-1)).squeeze(-1)
+    uniform = torch.special.ndtr(noise)
+    if hasattr(fn, "logits"):
+        if fn.param_shape == fn.batch_shape:
+            return (uniform < fn.probs).to(noise.dtype)
+        return (uniform.unsqueeze(-1) > fn.probs.cumsum(-1)).sum(-1).clamp(max=fn.probs.shape[-1] - 1)
+    return fn.loc + fn.scale * noise

@@ -274,6 +274,10 @@ def test_wrong_arguments_are_refused():
         CompiledSVI(flat_model, flat_guide, OPTIMISERS["Adam"](), Trace_ELBO())
     with pytest.raises(TypeError, match="callable"):
         CompiledSVI(None, flat_guide, OPTIMISERS["Adam"](), elbo)
+    with pytest.raises(ValueError, match="chunk_size=2"):
+        CompiledSVI(flat_model, flat_guide, OPTIMISERS["Adam"](), ImportanceWeightedELBO(4, chunk_size=2))
+    with pytest.raises(ValueError, match="chunk_size=2"):
+        ImportanceWeightedELBO(4, chunk_size=2, compile=True)
     svi = CompiledSVI(flat_model, flat_guide, OPTIMISERS["Adam"](), elbo)
     with pytest.raises(ValueError, match="num_steps"):
         svi.run(0, X)

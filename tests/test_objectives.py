@@ -129,7 +129,7 @@ def test_totals_of_blocks_merge(name, size):
 
 
 def test_groups_are_told_by_position():
-    with pytest.raises(ValueError, match="expected all 4 particles, got 2"):
+    with pytest.raises(ValueError, match="expected particles 0 to 4, got 2"):
         MIWAE(2).totals(torch.randn(4, 2)).slope(torch.randn(2, 2))
 
 

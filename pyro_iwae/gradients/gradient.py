@@ -17,7 +17,7 @@ from torch import Tensor
 from pyro_iwae.gradients.coefficients import Coefficients
 from pyro_iwae.logweights import LogWeights
 from pyro_iwae.reach import Reach
-from pyro_iwae.totals import Totals
+from pyro_iwae.totals import LogMean, Totals
 
 __all__ = ["Gradient", "PathGradient", "ScoreGradient"]
 
@@ -92,7 +92,8 @@ class ScoreGradient(Gradient):
             if objective.count == 1:
                 surrogate = surrogate + (objective.slope(weights.log_weights) * weights.score_log_q).sum(0)
         scored = any(node.score is not None for node in weights.nodes() if node is not weights)
-        for reach in Reach.of(weights).below() if scored else ():
+        whole = totals if isinstance(totals, LogMean) and totals.is_bound else None
+        for reach in Reach.of(weights, whole).below() if scored else ():
             node = reach.node
             if node.score is not None and node.score_log_q is not None:
                 _require_bound(totals)

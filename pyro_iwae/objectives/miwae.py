@@ -12,8 +12,9 @@ Reference: "Tighter Variational Bounds Are Not Necessarily Better" (Rainforth, K
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -66,10 +67,14 @@ class Groups(Totals):
     Attributes:
         each: totals of the groups, shape ``(groups, *plates)``.
         groups: M.
+        start: the first of the particles that it is asked about.
+        stop: the one after the last.
     """
 
     each: LogMean
     groups: int
+    start: int
+    stop: int
 
     @classmethod
     def of(cls, log_weights: Float[Tensor, "particles *plates"], groups: int) -> Groups:
@@ -84,7 +89,12 @@ class Groups(Totals):
                 f"expected num_particles to be a multiple of the {groups} groups, got {count}; each group has "
                 "num_particles / groups particles"
             )
-        return cls(LogMean.of(_split(log_weights, groups)), groups)
+        # (particles, *plates) as (particles of a group, groups, *plates)
+        split = log_weights.unflatten(0, (groups, -1)).transpose(0, 1)
+        return cls(LogMean.of(split), groups, 0, count)
+
+    def part(self, start: int, stop: int) -> Groups:
+        return replace(self, start=start, stop=stop)
 
     @property
     def count(self) -> int:  # type: ignore[override]
@@ -96,12 +106,12 @@ class Groups(Totals):
         return self.each.value.mean(0)
 
     def slope(self, log_weights: Float[Tensor, "particles *plates"]) -> Float[Tensor, "particles *plates"]:
-        return self._of_groups(self.each.slope(self._split(log_weights))) / self.groups
+        return self._own(log_weights).slope(log_weights) / self.groups
 
     def double_slope(
         self, log_weights: Float[Tensor, "particles *plates"], scale: float | Tensor = 1.0
     ) -> Float[Tensor, "particles *plates"]:
-        return self._of_groups(self.each.double_slope(self._split(log_weights), scale)) / self.groups
+        return self._own(log_weights).double_slope(log_weights, scale) / self.groups
 
     def control(
         self, log_weights: Float[Tensor, "particles *plates"], *, balance: float | Tensor = 0.0
@@ -112,20 +122,14 @@ class Groups(Totals):
         self, log_weights: Float[Tensor, "particles *plates"], *, balance: float | Tensor = 0.0
     ) -> Float[Tensor, "particles *plates"]:
         """Only a particle's own group depends on it."""
-        return self._of_groups(self.each.advantage(self._split(log_weights), balance=balance)) / self.groups
+        return self._own(log_weights).advantage(log_weights, balance=balance) / self.groups
 
-    def _split(self, log_weights: Tensor) -> Tensor:
-        if log_weights.shape[0] != self.groups * self.each.count:
+    def _own(self, log_weights: Tensor) -> LogMean:
+        """Totals of the group that each particle is in, shape ``(particles, *plates)``."""
+        if log_weights.shape[0] != self.stop - self.start:
             raise ValueError(
-                f"expected all {self.groups * self.each.count} particles, got {log_weights.shape[0]}; groups are told "
-                "by position"
+                f"expected particles {self.start} to {self.stop}, got {log_weights.shape[0]}; groups are told by "
+                "position, write totals.part(start, stop)"
             )
-        return _split(log_weights, self.groups)
-
-    def _of_groups(self, value: Tensor) -> Tensor:
-        return value.transpose(0, 1).flatten(0, 1)
-
-
-def _split(log_weights: Tensor, groups: int) -> Tensor:
-    """(particles, *plates) as (particles of a group, groups, *plates)."""
-    return log_weights.unflatten(0, (groups, -1)).transpose(0, 1)
+        group = torch.arange(self.start, self.stop, device=log_weights.device) // self.each.count
+        return replace(self.each, largest=self.each.largest[group], rest=self.each.rest[group])

@@ -12,7 +12,7 @@ Reference: "Tighter Variational Bounds Are Not Necessarily Better" (Rainforth et
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from jaxtyping import Float
 from torch import Tensor
@@ -75,3 +75,6 @@ class _Parted(LogMean):
     @property
     def guide(self) -> Totals:
         return self if self.own is None else self.own
+
+    def part(self, start: int, stop: int) -> _Parted:
+        return self if self.own is None else replace(self, own=self.own.part(start, stop))
