@@ -166,7 +166,7 @@ class ImportanceWeightedELBO(ELBO):
         if compile and chunk_size is not None:
             raise ValueError(
                 f"compile=True records all {num_particles} particles as one graph, got chunk_size={chunk_size} "
-                "beside it; write compile=False, or gradient=SampledBackward() without chunk_size, whose memory is small"
+                "beside it; write compile=False, or gradient=SampledBackward() alone, whose memory is small"
             )
         self.chunk_size = require_chunk_size(chunk_size, combine=combine)
         if isinstance(gradient, SampledBackward) and chunk_size is not None and gradient.draws > chunk_size:
