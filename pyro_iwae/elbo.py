@@ -174,8 +174,8 @@ class ImportanceWeightedELBO(ELBO):
             kwargs: passed to both.
 
         Returns:
-            The log weights, shape ``(K, *independent plates)``, in nats, with what belongs to them. Under ``chunk_size``
-            their graph is made again, chunk by chunk, when ``backward()`` goes through it.
+            The log weights, shape ``(K, *independent plates)``, in nats, with what belongs to them. Under
+            ``chunk_size`` their graph is made again, chunk by chunk, when ``backward()`` goes through it.
 
         Raises:
             TypeError: where model or guide is not callable.
