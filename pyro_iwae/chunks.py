@@ -22,11 +22,13 @@ import torch
 from pyro import poutine
 from torch import Tensor
 
+from pyro_iwae.crossing import close, roughly_close, site_values
 from pyro_iwae.handlers import Minibatch
 from pyro_iwae.logweights import LogWeights
 from pyro_iwae.options import as_count
-from pyro_iwae.particles import Call
+from pyro_iwae.particles import Call, run_particles
 from pyro_iwae.piecemeal import Piecemeal
+from pyro_iwae.plates import latent_sites
 from pyro_iwae.redrawn import Redrawn, redrawn
 from pyro_iwae.replaying import Remade, require_replayed, unlike
 from pyro_iwae.state import FreshParameters, unchanged_state
@@ -268,14 +270,39 @@ class Chunks:
         run = self.structure.run
         if key not in cache.redraws:  # a look, which must leave no trace
             with poutine.block(), unchanged_state(self.call.model, self.call.guide):
-                cache.redraws[key] = without_graph(lambda: redrawn(self.call, run, self._minibatch())) is not None
+                cache.redraws[key] = without_graph(self._may_run_once)
         minibatch = self._minibatch()
         found = redrawn(self.call, run, minibatch) if cache.redraws[key] else None
         if found is None:
             cache.redraws[key] = False
             return self
+        if {site["name"] for site in found.sites} != self.structure.batch_dims.keys():  # not those of the verdict
+            return self
         found = found.cut() if cut else found
         return replace(self, call=replace(self.call, drawing=found), indices=minibatch.indices, guide=found)
+
+    def _may_run_once(self) -> bool:
+        """Whether the guide's distributions follow no draw, and the model sees draws by the guide's sites alone.
+
+        A draw that the guide hands over otherwise (as an attribute) would be that of another run. So the model is run
+        on draws that the guide has not made, and on the same with the guide beside it, and must not tell these apart.
+        """
+        run, minibatch = self.structure.run, self._minibatch()
+        found = redrawn(self.call, run, minibatch)
+        if found is None:
+            return False
+        drawn = replace(self.call, drawing=found)
+        unseen = run_particles(drawn, num_particles=2, run=run, minibatch=minibatch)
+        values = {name: site["value"] for name, site in latent_sites(unseen[0].guide)}
+        beside = [
+            site_values(run_particles(self.call, num_particles=2, run=run, minibatch=minibatch, values=values), None)
+            for _ in range(2)
+        ]
+        alone = site_values(unseen, None)
+        if alone.keys() != beside[0].keys():
+            return False
+        # A model with randomness of its own differs from run to run anyway.
+        return all(roughly_close(v, alone[k]) or not close(v, beside[1][k]) for k, v in beside[0].items())
 
 
 def without_graph(fn: Callable[[], Result]) -> Result:
@@ -283,8 +310,8 @@ def without_graph(fn: Callable[[], Result]) -> Result:
     try:
         with torch.no_grad():
             return fn()
-    except RuntimeError:
-        if not torch.is_grad_enabled():
+    except RuntimeError as error:
+        if not torch.is_grad_enabled() or isinstance(error, torch.OutOfMemoryError):
             raise
         return fn()
 

@@ -27,7 +27,7 @@ from pyro_iwae.decisions import any_of, holds, recorded_decisions
 from pyro_iwae.particles import Call
 from pyro_iwae.state import unchanged_state
 from pyro_iwae.structure import StructureCache
-from pyro_iwae.watching import Arguments, Parameters, Watched, handlers_around, require_no_handlers
+from pyro_iwae.watching import Arguments, Parameters, Watched, handlers_around, handlers_of, require_no_handlers
 from pyro_iwae.weighing import Particles
 
 __all__ = ["CompiledSteps", "Result", "Step", "Update", "handed_out"]
@@ -65,6 +65,9 @@ class Result:
 
     def accumulated(self) -> float:
         """Adds the gradients to the leaves' ``grad``, as ``backward()`` does; the loss."""
+        if any(_has_hooks(leaf) for leaf in self.leaves):  # which are for torch to run
+            handed_out(self).backward()
+            return self.loss
         for leaf, gradient in zip(self.leaves, self.gradients, strict=True):
             if leaf.grad is None:
                 leaf.grad = gradient
@@ -84,6 +87,8 @@ class Step:
         watched: what must stay as it was.
         state: what an update changes beside the leaves, by kind.
         options: what the update's numbers were known by.
+        kept: what must live as long as it does: effect handlers, which are told by their numbers.
+        buffers: what a module counts, to be put back where model and guide run the step once more.
         calls: how often it has run.
         broken: how often in a row it did not hold.
     """
@@ -94,6 +99,8 @@ class Step:
     watched: Watched
     state: list[list[Tensor]] = field(default_factory=list)
     options: int = 0
+    kept: list[Any] = field(default_factory=list)
+    buffers: list[Tensor] = field(default_factory=list)
     calls: int = 0
     broken: int = 0
 
@@ -101,6 +108,17 @@ class Step:
         """Runs it on these arguments."""
         with torch.no_grad():
             return self.graph(self.tensors(tensors))
+
+    def before(self) -> tuple[Any, list[Tensor]]:
+        """What is to be put back if it turns out that the recording does not hold for this step."""
+        return random_state(), [buffer.clone() for buffer in self.buffers]
+
+    def put_back(self, before: tuple[Any, list[Tensor]]) -> None:
+        """Puts it back, for model and guide to run the step."""
+        random, buffers = before
+        set_random_state(random)
+        for buffer, value in zip(self.buffers, buffers, strict=True):
+            buffer.data.copy_(value)
 
     def bound(self, tensors: Sequence[Tensor]) -> Callable[[], Tensor]:
         """What runs it on these arguments, again and again, and returns its report: with as little Python as can be."""
@@ -152,8 +170,9 @@ class CompiledSteps:
         """The recording of a step, made if there is none that holds; None where there is to be none."""
         require_no_handlers()
         arguments = Arguments.of(call.args, call.kwargs)
-        pair = self.cache.key(call.model, call.guide, handlers_around(call.model), handlers_around(call.guide))
-        key = (*pair, arguments.kind, options, *_surroundings())
+        pair = self.cache.key(call.model, call.guide)
+        around = handlers_around(call.model), handlers_around(call.guide)
+        key = (*pair, *around, arguments.kind, options, *_surroundings())
         step = self.cache.recorded.get(key)
         if step is None or not self._is_valid(step):
             step = self._record(call, arguments, pair)
@@ -167,12 +186,12 @@ class CompiledSteps:
 
     def run(self, step: Step, arguments: Arguments) -> Result | None:
         """Runs a recording."""
-        before = random_state()
+        before = step.before()
         report, *gradients = step.run(arguments.tensors)
         loss, broken = report.tolist()
         step.calls += 1
         if broken:
-            set_random_state(before)
+            step.put_back(before)
             step.broken += 1
             return None
         step.broken = 0
@@ -196,13 +215,18 @@ class CompiledSteps:
         if not bool(loss.isfinite()):
             return None
         leaves = _leaves(loss)
+        if self.update is not None and any(_has_hooks(leaf) for leaf in leaves):
+            raise NotImplementedError(HOOKS)
         state = [] if self.update is None else self.update.prepare(leaves, parameters)
         options = 0 if self.update is None else self.update.options(leaves)
         buffers = [b for m in modules for b in m._buffers.values() if b is not None]
         inputs = [*leaves, *(t for kind in state for t in kind), *fresh, *buffers]
-        step = Step(Graph.empty(), leaves, parameters, Watched.of(modules, parameters, leaves), state, options)
+        kept = [*handlers_of(call.model), *handlers_of(call.guide)]
+        watched = Watched.of(modules, parameters, leaves)
+        step = Step(Graph.empty(), leaves, parameters, watched, state, options, kept, buffers)
         with self._unchanged(step, call), poutine.block():
             step.graph = capture(lambda: self._pass(call, leaves), inputs)
+        step.watched = Watched.of(modules, parameters, [*leaves, *step.graph.inputs[len(inputs) :]])
         self.cache.made[pair] = made + 1
         if not self._agrees_twice(step, call, arguments):
             raise RuntimeError(PARTED)
@@ -237,7 +261,9 @@ class CompiledSteps:
         """What is recorded: a step of model and guide, its gradients, and what is to be done with these."""
         with recorded_decisions() as broken:
             particles, loss = self.one_step(call)
-            gradients = list(torch.autograd.grad(loss, leaves)) if leaves else []
+            if {id(leaf) for leaf in _leaves(loss)} != {id(leaf) for leaf in leaves}:
+                raise RuntimeError(PARTED)
+            gradients = _gradients(loss, leaves)
             _watch_nan(particles, gradients)
             loss = loss.detach()
             fault = any_of(broken, loss)
@@ -303,7 +329,8 @@ def handed_out(result: Result) -> Tensor:
 def _same(expected: Sequence[Sequence[Tensor]], found: Sequence[Sequence[Tensor]]) -> bool:
     """Whether two steps gave the same but for rounding: the loss, then each kind of tensors as one vector."""
     ((one,), *some), ((other,), *others) = expected, found
-    tolerance = torch.finfo(one.dtype).eps ** 0.5
+    dtypes = {t.dtype for kind in expected for t in kind if t.dtype.is_floating_point}
+    tolerance = max(torch.finfo(dtype).eps for dtype in dtypes) ** 0.5  # the coarsest on the way
     if not bool((one - other).abs()[0] <= 0.3 * tolerance * (1.0 + one[0].abs())):
         return bool(one[1] != 0.0) and bool(other[1] != 0.0)  # it did not hold, and says so
     for kind, same in zip(some, others, strict=True):
@@ -327,6 +354,22 @@ def _leaves(loss: Tensor) -> list[Tensor]:
             found[id(node.variable)] = node.variable
         waiting += [after for after, _ in node.next_functions]
     return list(found.values())
+
+
+def _gradients(loss: Tensor, leaves: Sequence[Tensor]) -> list[Tensor]:
+    """The gradients, without the leaves' hooks: these run where the gradients are handed out."""
+    hooks = [leaf._backward_hooks for leaf in leaves]
+    try:
+        for leaf in leaves:
+            leaf._backward_hooks = None
+        return list(torch.autograd.grad(loss, leaves)) if leaves else []
+    finally:
+        for leaf, held in zip(leaves, hooks, strict=True):
+            leaf._backward_hooks = held
+
+
+def _has_hooks(leaf: Tensor) -> bool:
+    return bool(leaf._backward_hooks) or bool(leaf._post_accumulate_grad_hooks)
 
 
 def _watch_nan(particles: Particles | None, gradients: Sequence[Tensor]) -> None:
@@ -365,6 +408,10 @@ PARTED = (
     "what they read in Python has changed since the recording, or is random itself (a number that is annealed, an "
     "attribute, random or numpy.random). Pass what changes as a tensor among the arguments, call recapture() after a "
     "change, or write compile=False"
+)
+HOOKS = (
+    "a parameter has a gradient hook, which a recording that holds the optimiser cannot run; write SVI(model, guide, "
+    "optim, ImportanceWeightedELBO(compile=True)), or remove it"
 )
 TOO_MANY = (
     "model and guide were recorded {} times, for new shapes, numbers or effect handlers, and are not "

@@ -16,7 +16,7 @@ from pyro.optim import PyroOptim
 from torch import Tensor
 from tqdm import tqdm
 
-from pyro_iwae.compiled import CompiledSteps, Step, random_state, set_random_state
+from pyro_iwae.compiled import CompiledSteps, Step
 from pyro_iwae.elbo import ImportanceWeightedELBO
 from pyro_iwae.options import as_count, require_callables
 from pyro_iwae.particles import Call
@@ -73,11 +73,21 @@ class CompiledSVI:
                 f"CompiledSVI records all particles as one graph, got a loss with chunk_size={loss.chunk_size}; write "
                 "SVI(model, guide, optim, loss), or leave chunk_size out"
             )
-        self.model, self.guide, self.optim, self.loss = model, guide, optim, loss
+        self.model, self.guide, self._optim, self._loss = model, guide, optim, loss
         self._plain = copy.copy(loss)
         self._plain.compile = False
         self._update = OptimizerUpdate(optim)
         self._recorded = CompiledSteps(self._plain._step, self._update)
+
+    @property
+    def optim(self) -> PyroOptim:
+        """The optimiser."""
+        return self._optim
+
+    @property
+    def loss(self) -> ImportanceWeightedELBO:
+        """The ELBO."""
+        return self._loss
 
     def step(self, *args: Any, **kwargs: Any) -> float:
         """Takes one step, and returns the loss, in nats.
@@ -132,16 +142,18 @@ class CompiledSVI:
     def _steps(self, num_steps: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[float]:
         """Losses of steps, each taken when it is asked for."""
         call, done = Call(self.model, self.guide, args, kwargs), 0
+        options = {n: v for n, v in vars(self.loss).items() if not n.startswith("_") and n != "compile"}
+        vars(self._plain).update(options)  # as they are now
         while done < num_steps:
-            with torch.enable_grad():
-                found = self._recorded.find(call, self._plain._frozen)
-            if found is not None:
-                try:
+            try:
+                with torch.enable_grad():
+                    found = self._recorded.find(call, self._plain._frozen)
+                if found is not None:
                     for loss in self._recorded_steps(*found, num_steps - done):
                         done += 1
                         yield loss
-                finally:
-                    self._update.settle()
+            finally:
+                self._update.settle()
             if done < num_steps and (found is None or found[0].broken):
                 done += 1
                 yield self._plain_step(args, kwargs)
@@ -150,13 +162,13 @@ class CompiledSVI:
         """As many steps as the recording holds for, until it is to be compared with the model again."""
         run = step.bound(arguments.tensors)
         for _ in range(most):
-            random = random_state()
+            before = step.before()
             with torch.no_grad():
                 loss, broken = run().tolist()
             step.calls += 1
             step.broken = step.broken + 1 if broken else 0
             if broken:
-                set_random_state(random)
+                step.put_back(before)
                 return
             yield loss
             if step.is_due:

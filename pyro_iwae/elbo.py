@@ -292,6 +292,14 @@ class ImportanceWeightedELBO(ELBO):
     def _totals(self, weights: LogWeights) -> Totals:
         return weights.totals() if self.objective is None else self.objective.totals(weights.log_weights)
 
+    def __copy__(self) -> ImportanceWeightedELBO:
+        """A copy whose options are its own, and so its verdicts and recordings."""
+        copied = object.__new__(type(self))
+        vars(copied).update(vars(self))
+        copied._structures = StructureCache()
+        copied._recorded = CompiledSteps(copied._step)
+        return copied
+
     def recapture(self) -> None:
         """Has steps recorded anew (``compile=True``): after a change of what a recording takes for granted."""
         self._recorded.recapture()

@@ -105,8 +105,10 @@ class _Watch(Messenger):
         if site_is_subsample(msg):
             return
         fn: Any = msg["fn"]
-        shape = getattr(fn, "batch_shape", ())
-        follows = any(len(shape) >= -dim and shape[dim] > 1 for dim in self.particle_dims)
+        wrapped = [value for value in (msg["mask"], msg["scale"]) if isinstance(value, Tensor)]
+        shapes = [getattr(fn, "batch_shape", ()), *(value.shape for value in wrapped)]
+        follows = any(len(shape) >= -dim and shape[dim] > 1 for shape in shapes for dim in self.particle_dims)
+        follows |= any(value.requires_grad for value in wrapped)  # made by the guide, and not cut
         plain = not (msg["is_observed"] or msg["done"] or msg["args"] or msg["kwargs"])
         if follows or not plain or not _Copies.can_copy(fn):
             self.depends = True

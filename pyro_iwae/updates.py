@@ -17,6 +17,7 @@ import pyro
 import torch
 from pyro.optim import PyroOptim
 from pyro.optim.clipped_adam import ClippedAdam
+from pyro.optim.lr_scheduler import PyroLRScheduler
 from torch import Tensor
 
 from pyro_iwae.watching import Parameters
@@ -48,6 +49,28 @@ class Slot:
         """The optimiser's own record."""
         return self.optimizer.state[self.parameter]
 
+    @property
+    def has_parted(self) -> bool:
+        """Whether others have changed the optimiser's record: SVI, another CompiledSVI, a state that was loaded."""
+        held = self.kept.get("step", self.count)
+        if held is not self.count and (isinstance(held, Tensor) or held != int(self.count)):
+            return True
+        others = [self.kept.get(name) for name in self.state]
+        return any(h is not None and h is not t for h, t in zip(others, self.state.values(), strict=True))
+
+    def refresh(self) -> None:
+        """Takes over that record."""
+        for name, tensor in self.state.items():
+            held = self.kept.get(name)
+            if held is not None and held is not tensor:
+                tensor.copy_(held)
+                self.kept[name] = tensor
+        self.count.fill_(_count(self.kept))
+        if isinstance(self.kept.get("step"), Tensor):
+            self.kept["step"] = self.count
+        self.settled["lr"] = self.group["lr"]  # a decayed rate is no other
+        self.first_lr = _first_lr(self.group, int(self.count))
+
 
 class OptimizerUpdate:
     """Applies a Pyro optimiser within a recording.
@@ -63,6 +86,11 @@ class OptimizerUpdate:
         if not isinstance(optim, PyroOptim):
             raise TypeError(f"expected optim to be {SUPPORTED}, got {optim!r}; torch's optimisers go with compile=True")
         constructor: Any = optim.pt_optim_constructor
+        if isinstance(optim, PyroLRScheduler):
+            raise TypeError(
+                f"expected optim to be {SUPPORTED} with a constant rate, got a scheduler; write SVI(model, guide, "
+                "optim, ImportanceWeightedELBO(compile=True))"
+            )
         rule = RULES.get(constructor)
         if rule is None:
             name = getattr(constructor, "__name__", repr(constructor))
@@ -79,7 +107,15 @@ class OptimizerUpdate:
         """A number that is another once the numbers of an optimiser are: a new rate asks for a new recording."""
         for leaf in leaves:
             slot = self.slots.get(leaf)
-            if slot is not None and slot.group != slot.settled:  # somebody has changed it
+            if slot is None:
+                continue
+            if self.optim.optim_objs.get(leaf) is not slot.optimizer:  # it has been replaced
+                del self.slots[leaf]
+                self.version += 1
+                continue
+            if slot.has_parted:
+                slot.refresh()
+            if slot.group != slot.settled:  # somebody has changed it
                 slot.first_lr = _first_lr(slot.group, int(slot.count))
                 slot.settled = dict(slot.group)
                 self.version += 1
@@ -107,8 +143,8 @@ class OptimizerUpdate:
     def settle(self) -> None:
         """Tells the optimiser how often it has been applied, and its rate, where it keeps these in Python."""
         for slot in self.slots.values():
-            if "momentum_buffer" in slot.state and int(slot.count) == 0:
-                slot.kept["momentum_buffer"] = None  # its first step is one of its own
+            if "momentum_buffer" in slot.state:  # the first step is one of its own
+                slot.kept["momentum_buffer"] = slot.state["momentum_buffer"] if int(slot.count) else None
             if isinstance(slot.kept.get("step"), int):
                 slot.kept["step"] = int(slot.count)
                 slot.group["lr"] = slot.settled["lr"] = slot.first_lr * slot.group["lrd"] ** int(slot.count)
@@ -116,16 +152,7 @@ class OptimizerUpdate:
     def refresh(self) -> None:
         """Learns from the optimiser how often it has been applied, and its rate."""
         for slot in self.slots.values():
-            for name, tensor in slot.state.items():
-                held = slot.kept.get(name)
-                if held is not None and held is not tensor:
-                    tensor.copy_(held)
-                    slot.kept[name] = tensor
-            count = _count(slot.kept)
-            slot.count.fill_(count)
-            if isinstance(slot.kept.get("step"), Tensor):
-                slot.kept["step"] = slot.count
-            slot.settled["lr"] = slot.group["lr"]  # a decayed rate is no other
+            slot.refresh()
 
     def _slot(self, parameter: Tensor) -> Slot:
         if parameter not in self.slots:

@@ -24,7 +24,7 @@ from torch.utils import _pytree as pytree
 
 from pyro_iwae.plates import Site
 
-__all__ = ["Arguments", "Parameters", "Watched", "handlers_around", "require_no_handlers"]
+__all__ = ["Arguments", "Parameters", "Watched", "handlers_around", "handlers_of", "require_no_handlers"]
 
 PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, torch.memory_format)
 
@@ -127,33 +127,35 @@ class Watched:
 
     Attributes:
         modes: modules, held weakly, and whether each is in training.
-        slots: where modules keep parameters and buffers, and what lay there.
+        slots: where modules keep parameters, buffers, other modules and tensors, and what lay there.
         stored: parameters of the param store, by name.
-        frozen: tensors, and whether each wants a gradient.
+        kinds: tensors, and what each was: its shape, dtype and device, and whether it wants a gradient.
     """
 
     modes: tuple[tuple[Any, bool], ...]
     slots: tuple[tuple[Mapping[str, Any], str, Any], ...]
     stored: Mapping[str, Tensor]
-    frozen: tuple[tuple[Tensor, bool], ...]
+    kinds: tuple[tuple[Tensor, tuple[Any, ...]], ...]
 
     @classmethod
-    def of(cls, modules: Collection[torch.nn.Module], parameters: Parameters, leaves: Iterable[Tensor]) -> Watched:
-        """Looks at the modules that ran and the parameters that were asked for."""
+    def of(cls, modules: Collection[torch.nn.Module], parameters: Parameters, tensors: Iterable[Tensor]) -> Watched:
+        """Looks at the modules that ran, the parameters that were asked for, and the tensors that are read."""
         slots = tuple(
             (held, name, tensor)
             for module in modules
-            for held in (module._parameters, module._buffers)
+            for held in (module._parameters, module._buffers, module._modules, vars(module))
             for name, tensor in held.items()
+            if held is not vars(module) or isinstance(tensor, Tensor)
         )
         store = pyro.get_param_store()._params
         stored = {n: store[n] for n in parameters.found if n in store}
-        tensors = {id(t): t for t in (*leaves, *(t for _, _, t in slots if t is not None))}
+        asked = (leaf for leaf, _ in parameters.found.values())
+        read = {id(t): t for t in (*tensors, *asked, *(t for _, _, t in slots if isinstance(t, Tensor)))}
         return cls(
             tuple((weakref.ref(m), m.training) for m in modules),
             slots,
             stored,
-            tuple((t, t.requires_grad) for t in tensors.values()),
+            tuple((t, kind_of(t)) for t in read.values()),
         )
 
     def holds(self) -> bool:
@@ -162,9 +164,14 @@ class Watched:
         return (
             all(store.get(name) is tensor for name, tensor in self.stored.items())
             and all(held.get(name) is tensor for held, name, tensor in self.slots)
-            and all(tensor.requires_grad is wanted for tensor, wanted in self.frozen)
+            and all(kind_of(tensor) == kind for tensor, kind in self.kinds)
             and all(m() is None or m().training is mode for m, mode in self.modes)
         )
+
+
+def kind_of(tensor: Tensor) -> tuple[Any, ...]:
+    """All that a recording takes for granted of a tensor that it reads."""
+    return tensor.requires_grad, tensor.shape, tensor.dtype, tensor.device
 
 
 def require_no_handlers() -> None:
@@ -179,14 +186,25 @@ def require_no_handlers() -> None:
 
 
 def handlers_around(program: Callable[..., Any]) -> tuple[Any, ...]:
-    """The effect handlers around a program, and the numbers in them, which a recording freezes."""
+    """The effect handlers around a program, and the numbers in them, which a recording freezes.
+
+    A handler is told by its number, so that it must be kept as long as the recording is.
+    """
     found: list[Any] = []
+    for handler in handlers_of(program):
+        numbers = [v for v in vars(handler).values() if isinstance(v, bool | int | float)]
+        tensors = [id(v) for v in vars(handler).values() if isinstance(v, Tensor)]
+        found.append((id(handler), *numbers, *tensors))
+    return tuple(found)
+
+
+def handlers_of(program: Callable[..., Any]) -> list[Messenger]:
+    """The effect handlers around a program, the outermost first."""
+    found: list[Messenger] = []
     while isinstance(program, partial):
-        if len(program.args) >= 2:
+        if len(program.args) >= 2 and isinstance(program.args[0], Messenger):
             handler, program = program.args[:2]
-            numbers = [v for v in vars(handler).values() if isinstance(v, bool | int | float)]
-            tensors = [id(v) for v in vars(handler).values() if isinstance(v, Tensor)]
-            found.append((handler, *numbers, *tensors))
+            found.append(handler)
         else:
             program = program.func
-    return tuple(found)
+    return found

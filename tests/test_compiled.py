@@ -7,6 +7,7 @@ Compiling takes seconds, so that most tests run the recording as it is; a few co
 """
 
 import copy
+import functools
 import gc
 import math
 import warnings
@@ -914,3 +915,143 @@ def test_random_trees_are_recorded(program, gradient):
         warnings.simplefilter("ignore")
         plain, recorded = both(num_particles=2, gradient=gradient, plate_particles=program.plate_particles)
         as_recorded(recorded, plain, with_fixed_data(program, "numbers"))
+
+
+def hooked_training(recorded, way):
+    pyro.clear_param_store()
+    elbo = ImportanceWeightedELBO(num_particles=4, compile=recorded)
+    elbo.loss_and_grads(flat_model, flat_guide, X)
+    slope, seen = pyro.param("slope").unconstrained(), []
+    slope.grad = None
+    handle = slope.register_hook(lambda g: seen.append(g.item()) or 2.0 * g)
+    pyro.set_rng_seed(3)
+    for _ in range(3):
+        if way == "differentiable_loss":
+            elbo.differentiable_loss(flat_model, flat_guide, X).backward()
+        else:
+            elbo.loss_and_grads(flat_model, flat_guide, X)
+    handle.remove()
+    elbo.loss_and_grads(flat_model, flat_guide, X)
+    return [*seen, slope.grad.item()]
+
+
+@pytest.mark.parametrize("way", ["differentiable_loss", "loss_and_grads"])
+def test_hooks_run_once_at_each_step(way):
+    assert hooked_training(True, way) == pytest.approx(hooked_training(False, way), rel=1e-4)
+
+
+@pytest.mark.parametrize("change", ["dtype", "shape"])
+def test_parameters_that_change_their_kind_are_seen(change, compiling):
+    class Guide(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.loc = torch.nn.Parameter(torch.zeros(1))
+
+        def forward(self):
+            pyro.module("guide", self)
+            pyro.sample("z", dist.Normal(self.loc.sum(), 1.0))
+
+    def model():
+        pyro.sample("z", dist.Normal(1.0, 1.0))
+
+    guide, (plain, recorded) = Guide(), both()
+    recorded.loss_and_grads(model, guide)
+    guide.loc.grad = None
+    guide.loc.data = torch.full((1,), 0.3, dtype=torch.double) if change == "dtype" else torch.full((3,), 0.1)
+    recorded.loss_and_grads(model, guide)
+    guide.loc.grad = None
+    assert_next_step_alike(plain, recorded, model, guide)
+    assert recordings(recorded) == 2
+
+
+def test_a_parameter_that_is_unfrozen_is_seen():
+    elbo = ImportanceWeightedELBO(num_particles=4, compile=True)
+    elbo.loss(flat_model, flat_guide, X)
+    slope = pyro.param("slope").unconstrained()
+    slope.requires_grad_(False)
+    elbo.loss_and_grads(flat_model, flat_guide, X)
+    assert slope.grad is None
+    slope.requires_grad_(True)
+    elbo.loss_and_grads(flat_model, flat_guide, X)
+    assert slope.grad is not None
+
+
+def test_a_parameter_that_comes_in_is_found(monkeypatch):
+    monkeypatch.setattr(compiled_module, "CHECKS", (3,))
+    wanted = [False]
+
+    def model(x):
+        shift = pyro.param("shift", torch.tensor(0.0)) if wanted[0] else 0.0
+        flat_model(x + shift)
+
+    elbo = ImportanceWeightedELBO(num_particles=4, compile=True)
+    for _ in range(3):
+        elbo.loss_and_grads(model, flat_guide, X)
+    wanted[0] = True
+    with pytest.raises(RuntimeError, match=r"recapture\(\)"):
+        elbo.loss_and_grads(model, flat_guide, X)
+
+
+def test_modules_and_tensors_that_are_replaced_are_seen():
+    class Guide(PyroModule):
+        def __init__(self):
+            super().__init__()
+            self.net = torch.nn.Linear(1, 1)
+            self.shift = torch.tensor(0.1)
+
+        def forward(self, x):
+            loc = self.net(x[:, None]).squeeze(-1) + self.shift
+            with pyro.plate("data", len(x)):
+                pyro.sample("z", dist.Normal(loc, 1.0))
+
+    guide, (plain, recorded) = Guide(), both()
+    recorded.loss_and_grads(flat_model, guide, X)
+    guide.net = torch.nn.Linear(1, 1)
+    recorded.loss_and_grads(flat_model, guide, X)
+    assert guide.net.weight.grad is not None
+    guide.shift = torch.tensor(5.0)
+    recorded.loss_and_grads(flat_model, guide, X)
+    assert_next_step_alike(plain, recorded, flat_model, guide, X)
+
+
+def test_a_copy_has_options_of_its_own():
+    first = ImportanceWeightedELBO(num_particles=1, compile=True)
+    first.loss_and_grads(flat_model, flat_guide, X)
+    second = copy.copy(first)
+    second.num_particles = 500
+    losses = [second.loss_and_grads(flat_model, flat_guide, X) for _ in range(20)]
+    others = [first.loss_and_grads(flat_model, flat_guide, X) for _ in range(20)]
+    assert torch.tensor(losses).std() < 0.3 * torch.tensor(others).std()
+
+
+def test_partials_are_models_like_others():
+    def model(loc, scale, x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("x", dist.Normal(pyro.sample("z", dist.Normal(loc, scale)), 1.0), obs=x)
+
+    plain, recorded = both()
+    for loc in (0.0, 3.0):
+        partial = functools.partial(model, loc, 1.0)
+        recorded.loss_and_grads(partial, flat_guide, X)
+        assert_next_step_alike(plain, recorded, partial, flat_guide, X)
+
+
+def test_scales_put_on_anew_at_each_step_are_limited(monkeypatch):
+    monkeypatch.setattr(compiled_module, "MOST_RECORDINGS", 3)
+    elbo = ImportanceWeightedELBO(num_particles=4, compile=True)
+    with pytest.warns(UserWarning, match="recorded 3 times"):
+        for i in range(5):
+            elbo.loss_and_grads(poutine.scale(flat_model, scale=0.1 + 0.1 * i), flat_guide, X)
+    assert recordings(elbo) == 3
+
+
+@pytest.mark.filterwarnings("ignore:.*BatchNorm")
+def test_a_step_that_the_model_runs_counts_once():
+    net = Dropping()
+    elbo = ImportanceWeightedELBO(num_particles=4, compile=True)
+    elbo.loss_and_grads(net.model, net.guide, X)
+    count = net.encoder[1].num_batches_tracked
+    before = int(count)
+    with pyro.validation_enabled(False), pytest.raises(ValueError, match="NaN at"):
+        elbo.loss_and_grads(net.model, net.guide, X * math.nan)
+    assert int(count) == before + 1

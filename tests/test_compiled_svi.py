@@ -283,3 +283,59 @@ def test_wrong_arguments_are_refused():
         svi.run(0, X)
     pyro.param("unused", torch.tensor(1.0), constraint=constraints.positive)
     assert svi.evaluate_loss(X) > 0.0
+
+
+def shared_training(kinds, optimiser):
+    """Steps of several objects in turn, on one optimiser."""
+    pyro.clear_param_store()
+    optim, elbo = OPTIMISERS[optimiser](), ImportanceWeightedELBO(num_particles=4)
+    elbo.loss(flat_model, flat_guide, X)
+    svis = [kind(flat_model, flat_guide, optim, elbo) for kind in kinds]
+    pyro.set_rng_seed(5)
+    losses = [svis[i % len(svis)].step(X) for i in range(9)]
+    return svis, losses, {n: p.detach().clone() for n, p in parameters().items()}, state_of(optim)
+
+
+@pytest.mark.parametrize("optimiser", ["Adam", "ClippedAdam", "SGD, momentum"])
+@pytest.mark.parametrize("kinds", [(CompiledSVI, CompiledSVI), (CompiledSVI, SVI), (SVI, CompiledSVI, CompiledSVI)])
+def test_an_optimiser_is_shared(kinds, optimiser):
+    assert_alike(shared_training(kinds, optimiser), shared_training((SVI,), optimiser))
+
+
+@pytest.mark.parametrize("way", ["loaded", "cleared"])
+def test_an_optimiser_whose_state_is_replaced_is_seen(way):
+    results = []
+    for kind in (SVI, CompiledSVI):
+        svi, *_ = train(kind, OPTIMISERS["Adam"], 4)
+        for p, optimizer in list(svi.optim.optim_objs.items()):
+            if way == "loaded":
+                state = optimizer.state_dict()
+                state["state"][0]["exp_avg"] = torch.full_like(p.detach(), 0.5)
+                optimizer.load_state_dict(state)
+            else:
+                del svi.optim.optim_objs[p]
+        losses = [svi.step(X) for _ in range(3)]
+        results.append((svi, losses, {n: p.detach().clone() for n, p in parameters().items()}, state_of(svi.optim)))
+    assert_alike(results[1], results[0])
+
+
+def test_options_of_the_loss_are_those_of_now():
+    elbo = ImportanceWeightedELBO(num_particles=1)
+    svi = CompiledSVI(flat_model, flat_guide, pyro.optim.SGD({"lr": 1e-9}), elbo)
+    wide = svi.run(30, X, progress=False).std()
+    elbo.num_particles = 500
+    assert svi.run(30, X, progress=False).std() < 0.3 * wide
+    with pytest.raises(AttributeError):
+        svi.loss = elbo
+
+
+def test_what_cannot_be_in_the_graph_is_refused():
+    elbo = ImportanceWeightedELBO(4)
+    schedule = pyro.optim.ExponentialLR({"optimizer": torch.optim.Adam, "optim_args": {"lr": 0.1}, "gamma": 0.1})
+    with pytest.raises(TypeError, match="scheduler"):
+        CompiledSVI(flat_model, flat_guide, schedule, elbo)
+    elbo.loss(flat_model, flat_guide, X)
+    handle = pyro.param("slope").unconstrained().register_hook(lambda g: g)
+    with pytest.raises(NotImplementedError, match="gradient hook"):
+        CompiledSVI(flat_model, flat_guide, OPTIMISERS["Adam"](), elbo).step(X)
+    handle.remove()
