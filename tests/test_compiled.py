@@ -23,6 +23,7 @@ from pyro import poutine
 from pyro.infer import SVI, TraceEnum_ELBO
 from pyro.infer.autoguide import AutoDelta, AutoGuideList, AutoIAFNormal, AutoMultivariateNormal, AutoNormal
 from pyro.nn import PyroModule, PyroParam, PyroSample
+from sklearn.datasets import load_digits
 from torch.distributions import constraints
 
 from pyro_iwae import (
@@ -42,6 +43,7 @@ from pyro_iwae import (
 from pyro_iwae import compiled as compiled_module
 from pyro_iwae.capture import Graph
 from tests.programs import programs
+from tests.statistics import assert_same_mean
 from tests.trees import tree_programs
 
 
@@ -1055,3 +1057,55 @@ def test_a_step_that_the_model_runs_counts_once():
     with pyro.validation_enabled(False), pytest.raises(ValueError, match="NaN at"):
         elbo.loss_and_grads(net.model, net.guide, X * math.nan)
     assert int(count) == before + 1
+
+
+@pytest.mark.parametrize("case", ["flat, DReG", "coin, OVIS", "tree"])
+def test_mean_loss_and_gradient_are_those_of_the_step(case):
+    """With noise of their own."""
+    model, guide, options = CASES[case]
+    guide = guide_of(guide, model)
+    draws = []
+    for elbo in both(**options):
+        elbo.loss_and_grads(model, guide, X)
+        rows = []
+        for _ in range(300):
+            for p in parameters().values():
+                p.grad = None
+            loss = elbo.loss_and_grads(model, guide, X)
+            grads = [p.grad.flatten() for _, p in sorted(parameters().items()) if p.grad is not None]
+            rows.append(torch.cat([torch.tensor([loss]), *grads]))
+        draws.append(torch.stack(rows))
+    assert_same_mean(*draws)
+
+
+class DigitsVAE(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.encoder = torch.nn.Sequential(torch.nn.Linear(64, 30), torch.nn.Tanh(), torch.nn.Linear(30, 10))
+        self.decoder = torch.nn.Sequential(torch.nn.Linear(5, 30), torch.nn.Tanh(), torch.nn.Linear(30, 64))
+
+    def model(self, x):
+        pyro.module("vae", self)
+        with pyro.plate("digits", len(x)):
+            z = pyro.sample("z", dist.Normal(x.new_zeros(5), 1.0).to_event(1))
+            pyro.sample("x", dist.Binomial(16, logits=self.decoder(z)).to_event(1), obs=x)
+
+    def guide(self, x):
+        loc, log_scale = self.encoder(x / 16.0).chunk(2, -1)
+        with pyro.plate("digits", len(x)):
+            pyro.sample("z", dist.Normal(loc, log_scale.exp()).to_event(1))
+
+
+def test_the_training_curve_on_digits_is_the_same(compiling):
+    digits = torch.as_tensor(load_digits().data, dtype=torch.get_default_dtype())[:512]
+    curves = []
+    for recorded in (False, True):
+        pyro.clear_param_store()
+        pyro.set_rng_seed(2)
+        vae = DigitsVAE()
+        svi = SVI(vae.model, vae.guide, pyro.optim.Adam({"lr": 3e-3}), ImportanceWeightedELBO(5, compile=recorded))
+        svi.evaluate_loss(digits[:64])
+        pyro.set_rng_seed(3)
+        curves.append([sum(svi.step(batch) for batch in digits.split(64)) / len(digits) for _ in range(8)])
+    assert curves[1] == pytest.approx(curves[0], rel=1e-3)
+    assert curves[1][-1] < curves[1][0] - 10.0, "it has learnt"
