@@ -6,7 +6,7 @@
 Three models: eight schools, a regression of 1,000 groups, a 784-200-200-50 VAE. Peers: Pyro's RenyiELBO and Trace_ELBO,
 this package's ImportanceWeightedELBO, compiled or not, and CompiledSVI; the same by hand in PyTorch, with
 torch.distributions, and under torch.compile; and NumPyro's RenyiELBO, jitted, in a process of its own. First, the mean
-losses of all at the same parameters must agree (Trace_ELBO's with the ELBO by hand). Then each has one call in each
+losses of all at the same parameters must agree (Trace_ELBO's with the ELBO by hand). Then each has one turn in each
 round. First step and peak memory are those of a fresh process for each peer. A step is loss, gradient and Adam, if not
 said otherwise. Writes ``steps.json``, ``steps.md`` and ``steps.png`` into ``benchmarks/results``; on a GPU,
 ``steps_cuda``.
