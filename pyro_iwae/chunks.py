@@ -18,6 +18,7 @@ from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import Any, TypeVar
 
+import pyro
 import torch
 from pyro import poutine
 from torch import Tensor
@@ -225,15 +226,16 @@ class Chunks:
         chunks, first = self._first_pass()
         totals = totals_of(first)
         piecemeal, faulty = Piecemeal(retain_graph=retain_graph), None
-        for (start, stop), particles in zip(chunks.edges, chunks.draw(recording), strict=True):
-            weights, part = particles.weights, totals.part(start, stop)
-            require_replayed(weights.log_weights, first.log_weights[start:stop])
-            surrogate, share = surrogate_of(weights, part), (stop - start) / self.num_particles
-            constant = {name: share * value for name, value in weights.constant.items()}
-            value = share * totals.value + (surrogate - surrogate.detach())
-            if not piecemeal.add(-replace(weights, constant=constant).total(value)) and faulty is None:
-                faulty = particles
-            del particles, weights, surrogate, constant, value
+        with pyro.validation_enabled(False):  # the first pass has checked the same values
+            for (start, stop), particles in zip(chunks.edges, chunks.draw(recording), strict=True):
+                weights, part = particles.weights, totals.part(start, stop)
+                require_replayed(weights.log_weights, first.log_weights[start:stop])
+                surrogate, share = surrogate_of(weights, part), (stop - start) / self.num_particles
+                constant = {name: share * value for name, value in weights.constant.items()}
+                value = share * totals.value + (surrogate - surrogate.detach())
+                if not piecemeal.add(-replace(weights, constant=constant).total(value)) and faulty is None:
+                    faulty = particles
+                del particles, weights, surrogate, constant, value
         if chunks.guide is not None:
             chunks.guide.send_back(piecemeal)
             if faulty is not None:
