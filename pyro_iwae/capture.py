@@ -32,6 +32,9 @@ Run = Callable[..., Sequence[Tensor]]
 UNSEEN = Tensor.numpy, Tensor.__array__, Tensor.tolist, Tensor.__dlpack__  # readers that torch does not dispatch
 # Random numbers come from torch's own generator, in the order of the program: seeded runs are those of eager runs.
 OPTIONS = {"fallback_random": True, "reorder_for_peak_memory": False, "reorder_for_locality": False}
+# On a CPU, what calls the kernels is compiled too, memory is taken in one piece, and shapes are not checked once more
+# (``watching`` does): half of a short step.
+BY_CPP = OPTIONS | {"cpp_wrapper": True, "memory_planning": True, "size_asserts": False}
 
 
 @dataclass
@@ -66,12 +69,9 @@ class Graph:
     def compile(self, tensors: Sequence[Tensor]) -> None:
         """Compiles the graph; where that fails (no C++ compiler, say), it warns and leaves the graph as it is."""
         inputs: list[Any] = self._all(tensors)
+        on_cpu = all(t.device.type == "cpu" for t in inputs)
         try:
-            import torch._inductor as inductor
-
-            with torch.no_grad(), warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # of the compiler's own doings
-                self.compiled = inductor.compile(self.module, inputs, options=dict(OPTIONS))
+            self.compiled = self._compiled(inputs, BY_CPP if on_cpu else OPTIONS)
         except Exception as error:  # whatever the compiler and its tools raise
             reason = next((line for line in str(error).splitlines() if line.strip()), "")
             warnings.warn(
@@ -80,6 +80,19 @@ class Graph:
                 UserWarning,
                 stacklevel=2,
             )
+
+    def _compiled(self, inputs: list[Any], options: dict[str, Any]) -> Run:
+        import torch._inductor as inductor
+
+        with torch.no_grad(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of the compiler's own doings
+            try:
+                compiled: Run = inductor.compile(self.module, inputs, options=dict(options))
+            except Exception:  # an operation that only Python calls
+                if options is OPTIONS:
+                    raise
+                return self._compiled(inputs, OPTIONS)
+        return compiled
 
     def launch_together(self, tensors: Sequence[Tensor], copied: slice) -> bool:
         """Has a GPU launch all kernels as one, where all is on one GPU; whether it does.
@@ -103,7 +116,7 @@ class Graph:
         return self.module if self.compiled is None else self.compiled
 
     def _all(self, tensors: Sequence[Tensor]) -> list[Tensor]:
-        return [*tensors, *[t.detach() for t in self.inputs[len(tensors) :]]]
+        return [*tensors, *self.inputs[len(tensors) :]]
 
 
 def capture(function: Callable[[], Sequence[Tensor]], inputs: Sequence[Tensor]) -> Graph:
@@ -131,10 +144,32 @@ def capture(function: Callable[[], Sequence[Tensor]], inputs: Sequence[Tensor]) 
             "compile=False"
         ) from error
     found = _lift(module)
+    _draw_normals(module)
     _own_outputs(module)
+    for node in module.graph.nodes:
+        node.meta.pop(
+            "val", None
+        )  # the shapes that the recording saw, each of a mode of its own: the compiler looks anew
     module.graph.eliminate_dead_code()
     module.recompile()
     return Graph(module, [*inputs, *found])
+
+
+def _draw_normals(module: GraphModule) -> None:
+    """Draws standard normals as ``randn`` does, the same numbers, and not into what is copied first."""
+    empty, normal = torch.ops.aten.empty.memory_format, torch.ops.aten.normal_.default
+    for node in module.graph.nodes:
+        place: Any = node.args[0] if node.target is normal else None
+        if place is None or node.args[1:] not in ((), (0,), (0, 1)) or node.kwargs or place.target is not empty:
+            continue
+        if next(iter(place.users)) is not node or "memory_format" in place.kwargs:
+            continue
+        with module.graph.inserting_before(node):
+            drawn = module.graph.call_function(torch.ops.aten.randn.default, place.args, place.kwargs)
+        node.replace_all_uses_with(drawn)
+        place.replace_all_uses_with(drawn, delete_user_cb=lambda user, node=node: user is not node)
+        module.graph.erase_node(node)
+        module.graph.erase_node(place)
 
 
 def _own_outputs(module: GraphModule) -> None:

@@ -14,7 +14,7 @@ import random
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any, Protocol
 
 import numpy
@@ -26,17 +26,24 @@ from pyro_iwae.capture import Graph, capture
 from pyro_iwae.decisions import any_of, holds, recorded_decisions
 from pyro_iwae.particles import Call
 from pyro_iwae.state import unchanged_state
+from pyro_iwae.step import Result, Step, has_hooks
 from pyro_iwae.structure import StructureCache
-from pyro_iwae.watching import Arguments, Parameters, Watched, handlers_around, handlers_of, require_no_handlers
+from pyro_iwae.watching import (
+    Arguments,
+    Parameters,
+    Watched,
+    handlers_around,
+    handlers_of,
+    require_no_handlers,
+    require_same_buffers,
+)
 from pyro_iwae.weighing import Particles
 
-__all__ = ["CompiledSteps", "Result", "Step", "Update", "handed_out"]
+__all__ = ["CompiledSteps", "Update"]
 
 MOST_RECORDINGS = 16  # of one model and guide; each takes seconds
 MOST_PROBES = 5  # a look at the pair that saw nothing, by chance, is repeated
 MOST_BROKEN = 3  # steps in a row for which a recording did not hold, before there is a new one
-CHECKS = 10, 100  # calls that are compared with model and guide, beside the first and every thousandth
-CHECK_EVERY = 1000
 
 OneStep = Callable[[Call], tuple[Particles | None, Tensor]]
 
@@ -52,87 +59,6 @@ class Update(Protocol):
 
     def apply(self, leaves: Sequence[Tensor], gradients: Sequence[Tensor], held: Tensor) -> None:
         """Changes all, but not where ``held`` is true."""
-
-
-@dataclass(frozen=True)
-class Result:
-    """What a recorded step gave: the loss, and a gradient for each of its tensors (none where it updates them)."""
-
-    loss: float
-    report: Tensor
-    leaves: list[Tensor]
-    gradients: Sequence[Tensor]
-
-    def accumulated(self) -> float:
-        """Adds the gradients to the leaves' ``grad``, as ``backward()`` does; the loss."""
-        if any(_has_hooks(leaf) for leaf in self.leaves):  # which are for torch to run
-            handed_out(self).backward()
-            return self.loss
-        for leaf, gradient in zip(self.leaves, self.gradients, strict=True):
-            if leaf.grad is None:
-                leaf.grad = gradient
-            else:
-                leaf.grad.detach_().add_(gradient)
-        return self.loss
-
-
-@dataclass(eq=False)
-class Step:
-    """One recorded step.
-
-    Attributes:
-        graph: what was recorded. It returns the loss and whether a decision broke, as one tensor, and the gradients.
-        leaves: the tensors that get a gradient.
-        parameters: the parameters that were asked for.
-        watched: what must stay as it was.
-        state: what an update changes beside the leaves, by kind.
-        options: what the update's numbers were known by.
-        kept: what must live as long as it does: effect handlers, which are told by their numbers.
-        buffers: what a module counts, to be put back where model and guide run the step once more.
-        calls: how often it has run.
-        broken: how often in a row it did not hold.
-    """
-
-    graph: Graph
-    leaves: list[Tensor]
-    parameters: Parameters
-    watched: Watched
-    state: list[list[Tensor]] = field(default_factory=list)
-    options: int = 0
-    kept: list[Any] = field(default_factory=list)
-    buffers: list[Tensor] = field(default_factory=list)
-    calls: int = 0
-    broken: int = 0
-
-    def run(self, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
-        """Runs it on these arguments."""
-        with torch.no_grad():
-            return self.graph(self.tensors(tensors))
-
-    def before(self) -> tuple[Any, list[Tensor]]:
-        """What is to be put back if it turns out that the recording does not hold for this step."""
-        return random_state(), [buffer.clone() for buffer in self.buffers]
-
-    def put_back(self, before: tuple[Any, list[Tensor]]) -> None:
-        """Puts it back, for model and guide to run the step."""
-        random, buffers = before
-        set_random_state(random)
-        for buffer, value in zip(self.buffers, buffers, strict=True):
-            buffer.data.copy_(value)
-
-    def bound(self, tensors: Sequence[Tensor]) -> Callable[[], Tensor]:
-        """What runs it on these arguments, again and again, and returns its report: with as little Python as can be."""
-        return self.graph.bound(self.tensors(tensors))
-
-    def tensors(self, arguments: Sequence[Tensor]) -> list[Tensor]:
-        """What the graph is run on."""
-        kept = [t for kind in self.state for t in kind]
-        return [t.detach() for t in (*self.leaves, *kept, *arguments)]
-
-    @property
-    def is_due(self) -> bool:
-        """Whether to compare it with model and guide before the next call."""
-        return self.calls in CHECKS or (self.calls > 0 and self.calls % CHECK_EVERY == 0)
 
 
 class CompiledSteps:
@@ -215,7 +141,7 @@ class CompiledSteps:
         if not bool(loss.isfinite()):
             return None
         leaves = _leaves(loss)
-        if self.update is not None and any(_has_hooks(leaf) for leaf in leaves):
+        if self.update is not None and any(has_hooks(leaf) for leaf in leaves):
             raise NotImplementedError(HOOKS)
         state = [] if self.update is None else self.update.prepare(leaves, parameters)
         options = 0 if self.update is None else self.update.options(leaves)
@@ -226,7 +152,9 @@ class CompiledSteps:
         step = Step(Graph.empty(), leaves, parameters, watched, state, options, kept, buffers)
         with self._unchanged(step, call), poutine.block():
             step.graph = capture(lambda: self._pass(call, leaves), inputs)
-        step.watched = Watched.of(modules, parameters, [*leaves, *step.graph.inputs[len(inputs) :]])
+            require_same_buffers(modules)
+        read = [*leaves, *step.graph.inputs[len(inputs) :]]
+        step.watched = Watched.of(modules, parameters, read).without_caches(watched)
         self.cache.made[pair] = made + 1
         if not self._agrees_twice(step, call, arguments):
             raise RuntimeError(PARTED)
@@ -296,7 +224,7 @@ class CompiledSteps:
     @contextmanager
     def _unchanged(self, step: Step, call: Call) -> Iterator[None]:
         """Puts back whatever a step changes."""
-        changing = [] if self.update is None else [*step.leaves, *(t for kind in step.state for t in kind)]
+        changing = [] if self.update is None else step.own
         kept = [t.detach().clone() for t in changing]
         with unchanged_state(call.model, call.guide):
             try:
@@ -304,26 +232,6 @@ class CompiledSteps:
             finally:
                 for tensor, value in zip(changing, kept, strict=True):
                     tensor.data.copy_(value)
-
-
-class _HandedOut(torch.autograd.Function):
-    """A loss whose gradients are known."""
-
-    @staticmethod
-    def forward(ctx: Any, result: Result, loss: Tensor, *leaves: Tensor) -> Tensor:
-        ctx.save_for_backward(*result.gradients)
-        return loss
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, slope: Tensor) -> tuple[Tensor | None, ...]:
-        return (None, None, *(slope * g for g in ctx.saved_tensors))
-
-
-def handed_out(result: Result) -> Tensor:
-    """The loss as a tensor whose ``backward()`` hands the gradients to the leaves, hooks and all."""
-    loss = _HandedOut.apply(result, result.report[0].clone(), *result.leaves)
-    return loss
 
 
 def _same(expected: Sequence[Sequence[Tensor]], found: Sequence[Sequence[Tensor]]) -> bool:
@@ -368,10 +276,6 @@ def _gradients(loss: Tensor, leaves: Sequence[Tensor]) -> list[Tensor]:
             leaf._backward_hooks = held
 
 
-def _has_hooks(leaf: Tensor) -> bool:
-    return bool(leaf._backward_hooks) or bool(leaf._post_accumulate_grad_hooks)
-
-
 def _watch_nan(particles: Particles | None, gradients: Sequence[Tensor]) -> None:
     """Leaves it to model and guide to say where a particle of weight 0 has put NaN into a gradient."""
     if gradients and particles is not None:
@@ -384,17 +288,6 @@ def _surroundings() -> tuple[Any, ...]:
     """What torch does differently from place to place: a recording keeps it."""
     cast = tuple(torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) for kind in ("cpu", "cuda"))
     return torch.get_default_dtype(), cast
-
-
-def random_state() -> tuple[Tensor, list[Tensor] | None]:
-    """Torch's generators: all that a recording draws from."""
-    return torch.get_rng_state(), torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else None
-
-
-def set_random_state(state: tuple[Tensor, list[Tensor] | None]) -> None:
-    torch.set_rng_state(state[0])
-    if state[1] is not None:
-        torch.cuda.set_rng_state_all(state[1])
 
 
 def _warn_once(said: set[str], message: str) -> None:

@@ -16,10 +16,11 @@ from pyro.optim import PyroOptim
 from torch import Tensor
 from tqdm import tqdm
 
-from pyro_iwae.compiled import CompiledSteps, Step
+from pyro_iwae.compiled import CompiledSteps
 from pyro_iwae.elbo import ImportanceWeightedELBO
 from pyro_iwae.options import as_count, require_callables
 from pyro_iwae.particles import Call
+from pyro_iwae.step import Step
 from pyro_iwae.updates import OptimizerUpdate
 from pyro_iwae.watching import Arguments
 
@@ -74,10 +75,9 @@ class CompiledSVI:
                 "SVI(model, guide, optim, loss), or leave chunk_size out"
             )
         self.model, self.guide, self._optim, self._loss = model, guide, optim, loss
-        self._plain = copy.copy(loss)
-        self._plain.compile = False
+        self._copy = copy.copy(loss)
         self._update = OptimizerUpdate(optim)
-        self._recorded = CompiledSteps(self._plain._step, self._update)
+        self._recorded = CompiledSteps(lambda call: self._plain._step(call), self._update)
 
     @property
     def optim(self) -> PyroOptim:
@@ -139,15 +139,20 @@ class CompiledSVI:
         """Has the step recorded anew, after a change of what a recording takes for granted."""
         self._recorded.recapture()
 
+    @property
+    def _plain(self) -> ImportanceWeightedELBO:
+        """The loss with its options as they are now, uncompiled."""
+        options = {n: v for n, v in vars(self._loss).items() if not n.startswith("_")}
+        vars(self._copy).update(options, compile=False)
+        return self._copy
+
     def _steps(self, num_steps: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[float]:
         """Losses of steps, each taken when it is asked for."""
         call, done = Call(self.model, self.guide, args, kwargs), 0
-        options = {n: v for n, v in vars(self.loss).items() if not n.startswith("_") and n != "compile"}
-        vars(self._plain).update(options)  # as they are now
         while done < num_steps:
             try:
                 with torch.enable_grad():
-                    found = self._recorded.find(call, self._plain._frozen)
+                    found = self._recorded.find(call, self._loss._frozen)
                 if found is not None:
                     for loss in self._recorded_steps(*found, num_steps - done):
                         done += 1

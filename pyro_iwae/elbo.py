@@ -18,7 +18,7 @@ from torch import Tensor
 
 from pyro_iwae.backward import weigh_drawn
 from pyro_iwae.chunks import Chunks, chunks_of, require_chunk_size
-from pyro_iwae.compiled import CompiledSteps, handed_out
+from pyro_iwae.compiled import CompiledSteps
 from pyro_iwae.gradients import OVIS, Coefficients, PathGradient, Pathwise, SampledBackward, ScoreGradient
 from pyro_iwae.logweights import LogWeights
 from pyro_iwae.objectives import Objective
@@ -26,6 +26,7 @@ from pyro_iwae.options import as_count, require_callables, require_options
 from pyro_iwae.particles import Call
 from pyro_iwae.plates import latent_sites, nesting
 from pyro_iwae.state import get_random_state, set_random_state
+from pyro_iwae.step import handed_out
 from pyro_iwae.structure import StructureCache
 from pyro_iwae.terms import outer_scale, terms_of
 from pyro_iwae.totals import Totals

@@ -20,24 +20,38 @@ from torch.nn.parameter import is_lazy
 __all__ = [
     "FreshParameters",
     "get_random_state",
+    "get_torch_state",
     "module_behind",
     "moved_slightly",
     "set_random_state",
+    "set_torch_state",
     "unchanged_state",
 ]
 
 
+def get_torch_state() -> tuple[Tensor, list[Tensor] | None]:
+    """The state of torch's random generators, those of CUDA devices included."""
+    return torch.get_rng_state(), torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else None
+
+
+def set_torch_state(state: tuple[Tensor, list[Tensor] | None]) -> None:
+    """Puts torch's random generators back."""
+    host, cuda = state
+    torch.set_rng_state(host)
+    if cuda is not None:
+        torch.cuda.set_rng_state_all(cuda)
+
+
 def get_random_state() -> tuple[Any, Any]:
-    """The state of all random generators, those of CUDA devices included."""
-    return get_rng_state(), torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else None
+    """The state of all random generators: torch's, Python's and numpy's."""
+    return get_rng_state(), get_torch_state()
 
 
 def set_random_state(state: tuple[Any, Any]) -> None:
     """Puts random generators back."""
-    host, cuda = state
-    set_rng_state(host)
-    if cuda is not None:
-        torch.cuda.set_rng_state_all(cuda)
+    every, torchs = state
+    set_rng_state(every)
+    set_torch_state(torchs)
 
 
 def module_behind(program: Callable[..., Any]) -> torch.nn.Module | None:

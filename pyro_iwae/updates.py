@@ -39,6 +39,7 @@ class Slot:
     count: Tensor
     first_lr: float  # before any decay, so that the rate follows from the count
     settled: dict[str, Any]  # the optimiser's numbers as they are recorded
+    in_python: bool  # whether the optimiser counts its updates, or knows its first, by Python's values
 
     @property
     def group(self) -> dict[str, Any]:
@@ -52,11 +53,15 @@ class Slot:
     @property
     def has_parted(self) -> bool:
         """Whether others have changed the optimiser's record: SVI, another CompiledSVI, a state that was loaded."""
-        held = self.kept.get("step", self.count)
-        if held is not self.count and (isinstance(held, Tensor) or held != int(self.count)):
+        kept, count = self.kept, self.count
+        held = kept.get("step", count)
+        if held is not count and (isinstance(held, Tensor) or held != int(count)):
             return True
-        others = [self.kept.get(name) for name in self.state]
-        return any(h is not None and h is not t for h, t in zip(others, self.state.values(), strict=True))
+        for name, tensor in self.state.items():
+            other = kept.get(name)
+            if other is not tensor and other is not None:
+                return True
+        return False
 
     def refresh(self) -> None:
         """Takes over that record."""
@@ -142,7 +147,7 @@ class OptimizerUpdate:
 
     def settle(self) -> None:
         """Tells the optimiser how often it has been applied, and its rate, where it keeps these in Python."""
-        for slot in self.slots.values():
+        for slot in (slot for slot in self.slots.values() if slot.in_python):
             if "momentum_buffer" in slot.state:  # the first step is one of its own
                 slot.kept["momentum_buffer"] = slot.state["momentum_buffer"] if int(slot.count) else None
             if isinstance(slot.kept.get("step"), int):
@@ -168,7 +173,8 @@ class OptimizerUpdate:
                 kept["step"] = count
             clip = dict(self.optim._get_grad_clip_args(parameter))
             first = _first_lr(group, int(count))
-            self.slots[parameter] = Slot(parameter, optimizer, clip, state, count, first, dict(group))
+            in_python = "momentum_buffer" in state or isinstance(kept.get("step"), int)
+            self.slots[parameter] = Slot(parameter, optimizer, clip, state, count, first, dict(group), in_python)
         return self.slots[parameter]
 
     def _optimizer(self, parameter: Tensor) -> torch.optim.Optimizer:

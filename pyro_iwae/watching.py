@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -24,7 +24,15 @@ from torch.utils import _pytree as pytree
 
 from pyro_iwae.plates import Site
 
-__all__ = ["Arguments", "Parameters", "Watched", "handlers_around", "handlers_of", "require_no_handlers"]
+__all__ = [
+    "Arguments",
+    "Parameters",
+    "Watched",
+    "handlers_around",
+    "handlers_of",
+    "require_no_handlers",
+    "require_same_buffers",
+]
 
 PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, torch.memory_format)
 
@@ -158,20 +166,34 @@ class Watched:
             tuple((t, kind_of(t)) for t in read.values()),
         )
 
+    def without_caches(self, earlier: Watched) -> Watched:
+        """Without the slots whose contents the run that was recorded has itself replaced: it does so each time."""
+        before = {(id(held), name): thing for held, name, thing in earlier.slots}
+        return replace(self, slots=tuple(s for s in self.slots if before.get((id(s[0]), s[1])) is s[2]))
+
     def holds(self) -> bool:
         """Whether all is as it was. Numbers in tensors may be others."""
         store = pyro.get_param_store()._params
-        return (
-            all(store.get(name) is tensor for name, tensor in self.stored.items())
-            and all(held.get(name) is tensor for held, name, tensor in self.slots)
-            and all(kind_of(tensor) == kind for tensor, kind in self.kinds)
-            and all(m() is None or m().training is mode for m, mode in self.modes)
-        )
+        for name, tensor in self.stored.items():
+            if store.get(name) is not tensor:
+                return False
+        for held, name, thing in self.slots:
+            if held.get(name) is not thing:
+                return False
+        for tensor, kind in self.kinds:
+            if kind_of(tensor) != kind:
+                return False
+        for module, mode in self.modes:
+            alive = module()
+            if alive is not None and alive.training is not mode:
+                return False
+        return True
 
 
 def kind_of(tensor: Tensor) -> tuple[Any, ...]:
     """All that a recording takes for granted of a tensor that it reads."""
-    return tensor.requires_grad, tensor.shape, tensor.dtype, tensor.device
+    stride = tensor.stride() if tensor.layout is torch.strided else None
+    return tensor.requires_grad, tensor.shape, stride, tensor.dtype, tensor.device
 
 
 def require_no_handlers() -> None:
@@ -183,6 +205,17 @@ def require_no_handlers() -> None:
                 f"compile=True runs a recording of the step, which {type(handler).__name__} around it does not reach; "
                 "put the handler around model and guide, as in poutine.scale(model, scale=0.1), or write compile=False"
             )
+
+
+def require_same_buffers(before: Mapping[torch.nn.Module, Mapping[str, tuple[Tensor, Tensor]]]) -> None:
+    """Raises where a run has put another tensor in the place of a buffer, which a recording would do only once."""
+    for module, buffers in before.items():
+        for name, (buffer, _) in buffers.items():
+            if module._buffers.get(name) is not buffer:
+                raise NotImplementedError(
+                    f"compile=True needs buffers that are changed in place; buffer '{name}' of {type(module).__name__} "
+                    f"is replaced in each run. Write self.{name}.copy_(...) or self.{name}.add_(...), or compile=False"
+                )
 
 
 def handlers_around(program: Callable[..., Any]) -> tuple[Any, ...]:

@@ -33,6 +33,7 @@ from pyro_iwae import (
     PIWAE,
     TVO,
     VIMCO,
+    CompiledSVI,
     DoublyReparameterized,
     ImportanceWeightedELBO,
     Pathwise,
@@ -41,7 +42,8 @@ from pyro_iwae import (
     StickTheLanding,
 )
 from pyro_iwae import compiled as compiled_module
-from pyro_iwae.capture import Graph
+from pyro_iwae import step as step_module
+from pyro_iwae.capture import Graph, capture
 from tests.programs import programs
 from tests.statistics import assert_same_mean
 from tests.trees import tree_programs
@@ -580,7 +582,7 @@ def test_annealing_by_a_tensor():
 
 
 def test_a_number_that_changes_unseen_is_found(monkeypatch):
-    monkeypatch.setattr(compiled_module, "CHECKS", (3,))
+    monkeypatch.setattr(step_module, "CHECKS", (3,))
     weight = [1.0]
 
     def model(x):
@@ -942,6 +944,10 @@ def test_hooks_run_once_at_each_step(way):
     assert hooked_training(True, way) == pytest.approx(hooked_training(False, way), rel=1e-4)
 
 
+def lone_model():
+    pyro.sample("z", dist.Normal(1.0, 1.0))
+
+
 @pytest.mark.parametrize("change", ["dtype", "shape"])
 def test_parameters_that_change_their_kind_are_seen(change, compiling):
     class Guide(torch.nn.Module):
@@ -953,17 +959,108 @@ def test_parameters_that_change_their_kind_are_seen(change, compiling):
             pyro.module("guide", self)
             pyro.sample("z", dist.Normal(self.loc.sum(), 1.0))
 
-    def model():
-        pyro.sample("z", dist.Normal(1.0, 1.0))
-
     guide, (plain, recorded) = Guide(), both()
-    recorded.loss_and_grads(model, guide)
+    recorded.loss_and_grads(lone_model, guide)
     guide.loc.grad = None
     guide.loc.data = torch.full((1,), 0.3, dtype=torch.double) if change == "dtype" else torch.full((3,), 0.1)
-    recorded.loss_and_grads(model, guide)
+    recorded.loss_and_grads(lone_model, guide)
     guide.loc.grad = None
-    assert_next_step_alike(plain, recorded, model, guide)
+    assert_next_step_alike(plain, recorded, lone_model, guide)
     assert recordings(recorded) == 2
+
+
+def test_strides_that_change_are_seen(compiling):
+    class Guide(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.loc = torch.nn.Parameter(torch.arange(6.0).reshape(2, 3))
+
+        def forward(self):
+            pyro.module("guide", self)
+            pyro.sample("z", dist.Normal((self.loc * torch.tensor([0.1, 0.2, -0.3])).sum(), 1.0))
+
+    guide, (plain, recorded) = Guide(), both()
+    recorded.loss_and_grads(lone_model, guide)
+    guide.loc.grad = None
+    guide.loc.data = guide.loc.data.t().contiguous().t()  # the same numbers, in another order in memory
+    recorded.loss_and_grads(lone_model, guide)
+    guide.loc.grad = None
+    assert_next_step_alike(plain, recorded, lone_model, guide)
+    assert recordings(recorded) == 2
+
+
+@pytest.mark.parametrize("compiled", [CompiledSVI, ImportanceWeightedELBO])
+def test_a_buffer_that_is_replaced_in_each_run_is_refused(compiled):
+    class Guide(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.loc = torch.nn.Parameter(torch.zeros(()))
+            self.register_buffer("runs", torch.tensor(0.0))
+
+        def forward(self):
+            self.runs = self.runs + 1.0
+            pyro.sample("z", dist.Normal(self.loc + 0.0 * self.runs, 1.0))
+
+    guide, optim = Guide(), pyro.optim.SGD({"lr": 0.1})
+    pyro.module("guide", guide)
+    if compiled is CompiledSVI:
+        svi = CompiledSVI(lone_model, guide, optim, ImportanceWeightedELBO(4))
+    else:
+        svi = SVI(lone_model, guide, optim, ImportanceWeightedELBO(4, compile=True))
+    for _ in range(2):
+        with pytest.raises(NotImplementedError, match=r"buffer 'runs' of Guide is replaced.*self\.runs\.add_"):
+            svi.step()
+    assert guide.runs == 0.0 and guide.loc == 0.0
+
+
+NORMALS = {
+    "bare": lambda x: torch.empty(2, 3).normal_() + x,
+    "written out": lambda x: torch.empty(2, 3, dtype=torch.float64).normal_(0, 1) + x,
+    "with mean": lambda x: torch.empty(2, 3).normal_(2.0, 0.5) + x,
+    "mean alone": lambda x: torch.empty(2, 3).normal_(2.0) + x,
+    "by keyword": lambda x: torch.empty(2, 3).normal_(std=0.1) + x,
+    "over zeros": lambda x: torch.zeros(2, 3).normal_() + x,
+    "used before": lambda x: (lambda e: e.shape[0] + e.zero_() + e.normal_() + x)(torch.empty(2, 3)),
+    "used after": lambda x: (lambda e: (e.normal_(), e.mul(2.0) + e + x)[1])(torch.empty(2, 3)),
+    "into a view": lambda x: (lambda e: (e[0].normal_(), e[1].normal_(), e + x)[2])(torch.empty(2, 3)),
+    "twice": lambda x: (lambda e: (e.normal_(), e.normal_(), e + x)[2])(torch.empty(2, 3)),
+    "randn": lambda x: torch.randn(2, 3) + x,
+}
+
+
+@pytest.mark.parametrize("case", NORMALS)
+def test_normal_draws_are_those_of_the_program(case, compiling):
+    x = torch.tensor([1.0, 2.0, 3.0])
+    graph = capture(lambda: [NORMALS[case](x)], [x])
+    torch.manual_seed(3)
+    expected = NORMALS[case](x), torch.rand(())
+    for _ in range(2):
+        torch.manual_seed(3)
+        found = graph([x])[0], torch.rand(())
+        torch.testing.assert_close(found, expected, rtol=0, atol=0 if graph.compiled is None else 1e-6)
+        graph.compile([x])
+        assert graph.compiled is not None
+    draws = [str(n.target) for n in graph.module.graph.nodes]
+    assert ("aten.randn.default" in draws) == (case in ("bare", "written out", "used after", "randn", "twice"))
+
+
+def test_what_only_python_can_call_is_compiled_too(compiling, monkeypatch):
+    import torch._inductor as inductor
+
+    asked = []
+
+    def picky(module, inputs, options):
+        asked.append(options.get("cpp_wrapper", False))
+        if options.get("cpp_wrapper"):
+            raise NotImplementedError("an operation without a C++ name")
+        return compile_(module, inputs, options=options)
+
+    compile_ = inductor.compile
+    monkeypatch.setattr(inductor, "compile", picky)
+    plain, recorded = both()
+    recorded.loss_and_grads(flat_model, flat_guide, X)
+    assert asked == [True, False]
+    assert_next_step_alike(plain, recorded, flat_model, flat_guide, X)
 
 
 def test_a_parameter_that_is_unfrozen_is_seen():
@@ -979,7 +1076,7 @@ def test_a_parameter_that_is_unfrozen_is_seen():
 
 
 def test_a_parameter_that_comes_in_is_found(monkeypatch):
-    monkeypatch.setattr(compiled_module, "CHECKS", (3,))
+    monkeypatch.setattr(step_module, "CHECKS", (3,))
     wanted = [False]
 
     def model(x):

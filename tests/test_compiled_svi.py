@@ -14,7 +14,7 @@ from pyro.infer.autoguide import AutoNormal
 from torch.distributions import constraints
 
 from pyro_iwae import CompiledSVI, ImportanceWeightedELBO, StickTheLanding
-from pyro_iwae import compiled as compiled_module
+from pyro_iwae import step as step_module
 from tests.test_compiled import X, compiling, flat_guide, flat_model, parameters, recorded_only, walled_model
 
 __all__ = ["compiling", "recorded_only"]  # fixtures
@@ -132,7 +132,7 @@ def test_run_is_many_steps(compiling, capsys):
 
 
 def test_run_is_compared_with_the_model(monkeypatch):
-    monkeypatch.setattr(compiled_module, "CHECKS", (3,))
+    monkeypatch.setattr(step_module, "CHECKS", (3,))
     weight = [1.0]
 
     def model(x):
@@ -154,7 +154,7 @@ def test_run_is_compared_with_the_model(monkeypatch):
 def test_a_comparison_leaves_no_trace(monkeypatch):
     runs = []
     for checks in ((), (2, 3, 5)):
-        monkeypatch.setattr(compiled_module, "CHECKS", checks)
+        monkeypatch.setattr(step_module, "CHECKS", checks)
         runs.append(train(CompiledSVI, OPTIMISERS["Adam"], 8))
     assert runs[0][1] == runs[1][1]
     for name, value in runs[0][2].items():
