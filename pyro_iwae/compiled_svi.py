@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -27,7 +27,7 @@ from pyro_iwae.watching import Arguments
 __all__ = ["CompiledSVI"]
 
 Program = Callable[..., Any]
-SHOWN_EVERY = 50  # steps between two numbers in the progress bar
+SHOWN_EVERY = 50  # steps between two numbers in the progress bar, and two looks at what must stay as it was
 
 
 class CompiledSVI:
@@ -101,7 +101,9 @@ class CompiledSVI:
             RuntimeError: where recording and model have parted: something in Python has changed.
             ValueError: what ``ImportanceWeightedELBO`` raises; the parameters are as before then.
         """
-        return next(self._steps(1, args, kwargs))
+        losses: list[float] = []
+        self._advance(Call(self.model, self.guide, args, kwargs), losses, 1)
+        return losses[0]
 
     def run(self, num_steps: int, *args: Any, progress: bool = True, **kwargs: Any) -> Float[Tensor, " steps"]:
         """Takes many steps on the same arguments.
@@ -119,15 +121,14 @@ class CompiledSVI:
             as :meth:`step`.
         """
         num_steps = as_count("num_steps", num_steps)
-        losses = []
+        call, losses = Call(self.model, self.guide, args, kwargs), list[float]()
         with tqdm(total=num_steps, disable=not progress, desc="CompiledSVI") as bar:
-            for loss in self._steps(num_steps, args, kwargs):
-                losses.append(loss)
-                if progress and len(losses) % SHOWN_EVERY == 0:
+            while len(losses) < num_steps:
+                self._advance(call, losses, min(SHOWN_EVERY, num_steps - len(losses)))
+                if progress:
                     recent = losses[-SHOWN_EVERY:]
                     bar.set_postfix(loss=f"{sum(recent) / len(recent):.5g}", refresh=False)
-                    bar.update(SHOWN_EVERY)
-            bar.update(num_steps - bar.n)
+                    bar.update(len(losses) - bar.n)
         return torch.tensor(losses, dtype=torch.float64)
 
     def evaluate_loss(self, *args: Any, **kwargs: Any) -> float:
@@ -146,41 +147,37 @@ class CompiledSVI:
         vars(self._copy).update(options, compile=False)
         return self._copy
 
-    def _steps(self, num_steps: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[float]:
-        """Losses of steps, each taken when it is asked for."""
-        call, done = Call(self.model, self.guide, args, kwargs), 0
-        while done < num_steps:
-            try:
-                with torch.enable_grad():
-                    found = self._recorded.find(call, self._loss._frozen)
-                if found is not None:
-                    for loss in self._recorded_steps(*found, num_steps - done):
-                        done += 1
-                        yield loss
-            finally:
-                self._update.settle()
-            if done < num_steps and (found is None or found[0].broken):
-                done += 1
-                yield self._plain_step(args, kwargs)
+    def _advance(self, call: Call, losses: list[float], most: int) -> None:
+        """Takes at least one step and at most so many, and adds their losses."""
+        try:
+            with torch.enable_grad():
+                found = self._recorded.find(call, self._loss._frozen)
+            held = found is not None and self._recorded_steps(*found, losses, most)
+        finally:
+            self._update.settle()
+        if not held:
+            losses.append(self._plain_step(call))
 
-    def _recorded_steps(self, step: Step, arguments: Arguments, most: int) -> Iterator[float]:
-        """As many steps as the recording holds for, until it is to be compared with the model again."""
+    def _recorded_steps(self, step: Step, arguments: Arguments, losses: list[float], most: int) -> bool:
+        """Steps until the recording is to be compared with the model again; whether it held for all."""
         run = step.bound(arguments.tensors)
-        for _ in range(most):
-            before = step.before()
-            with torch.no_grad():
+        with torch.no_grad():
+            for _ in range(most):
+                before = step.before()
                 loss, broken = run().tolist()
-            step.calls += 1
-            step.broken = step.broken + 1 if broken else 0
-            if broken:
-                step.put_back(before)
-                return
-            yield loss
-            if step.is_due:
-                return
+                step.calls += 1
+                if broken:
+                    step.put_back(before)
+                    step.broken += 1
+                    return False
+                step.broken = 0
+                losses.append(loss)
+                if step.is_due:
+                    break
+        return True
 
-    def _plain_step(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> float:
+    def _plain_step(self, call: Call) -> float:
         """A step of model and guide themselves, which also says what is wrong where something is."""
-        loss = SVI(self.model, self.guide, self.optim, self._plain).step(*args, **kwargs)
+        loss = SVI(self.model, self.guide, self.optim, self._plain).step(*call.args, **call.kwargs)
         self._update.refresh()
         return float(loss)
