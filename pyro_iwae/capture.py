@@ -24,6 +24,7 @@ from torch.fx.experimental.proxy_tensor import get_proxy_mode, make_fx
 from torch.overrides import TorchFunctionMode
 
 from pyro_iwae.decisions import unrecorded
+from pyro_iwae.products import use_onednn
 from pyro_iwae.replay import Replay
 
 __all__ = ["Graph", "capture"]
@@ -145,6 +146,7 @@ def capture(function: Callable[[], Sequence[Tensor]], inputs: Sequence[Tensor]) 
         ) from error
     found = _lift(module)
     _draw_normals(module)
+    use_onednn(module)
     _own_outputs(module)
     for node in module.graph.nodes:
         node.meta.pop(
