@@ -85,11 +85,13 @@ class Growing:
         chain = Chain(size["N"], size["plates"], device)
         problem = Problem(chain.model, chain.guide, (), chain)
         self.name, self.device = name, device
+        self.store = {"params": {}, "constraints": {}}  # in Pyro, by name: peers would share them
         self.call = elbo_step(problem, make_elbo(kind, size["K"], **options), "gradient")
 
     def step(self):
-        pyro.clear_param_store()  # all have the same names in it
-        return timed(self.call, self.device)
+        """Seconds of a step."""
+        with pyro.get_param_store().scope(self.store):
+            return timed(self.call, self.device)
 
 
 def alone(request, options):
