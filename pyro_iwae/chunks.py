@@ -37,7 +37,8 @@ from pyro_iwae.structure import Structure
 from pyro_iwae.terms import outer_scale, terms_of
 from pyro_iwae.totals import Totals
 from pyro_iwae.traces import Recording
-from pyro_iwae.weighing import Particles, impossible_sites, verdict, verdict_key, warn_of_impossible, weigh_particles
+from pyro_iwae.verdicts import Question
+from pyro_iwae.weighing import Particles, impossible_sites, warn_of_impossible, weigh_particles
 
 __all__ = ["Chunks", "Impossible", "chunks_of", "require_chunk_size"]
 
@@ -80,7 +81,7 @@ def chunks_of(
     """
     if chunk_size is None or (options.get("plate_particles") is None and num_particles <= chunk_size):
         return None
-    structure = verdict(call, num_particles=num_particles, minibatch=minibatch, **options)
+    structure = Question(call, num_particles=num_particles, minibatch=minibatch, **options).answer()
     indices = {} if minibatch is None else dict(minibatch.indices)
     chunks = Chunks(call, num_particles, chunk_size, options, structure, indices)
     return None if num_particles <= chunks.most else chunks
@@ -246,7 +247,7 @@ class Chunks:
         """All weights without a graph, and how they were drawn; all that is random or counted is put back."""
         chunks = self
         for _ in range(MOST_STARTS):
-            chunks = replace(self, structure=chunks._verdict()).with_guide_once(cut=True)
+            chunks = replace(self, structure=chunks._question.answer()).with_guide_once(cut=True)
             weights = without_graph(chunks._weighed_apart)
             if weights is not None:
                 return chunks, weights
@@ -258,8 +259,10 @@ class Chunks:
             weights = self._values(as_expected=True)
         return None if fresh.drawn else weights
 
-    def _verdict(self) -> Structure:
-        return verdict(self.call, num_particles=self.num_particles, minibatch=self._minibatch(), **self.options)
+    @property
+    def _question(self) -> Question:
+        minibatch = self._minibatch()
+        return Question(self.call, num_particles=self.num_particles, minibatch=minibatch, **self.options)
 
     def with_guide_once(self, *, cut: bool) -> Chunks:
         """With a guide that has run, where that is enough; the indices of its plates are settled then.
@@ -267,8 +270,7 @@ class Chunks:
         Args:
             cut: whether its distributions are cut from what made them.
         """
-        cache, names = self.options["cache"], ("vectorize", "max_plate_nesting", "plate_particles")
-        key = verdict_key(self.call, cache, *(self.options[name] for name in names))
+        cache, key = self.options["cache"], self._question.key
         run = self.structure.run
         if key not in cache.redraws:  # a look, which must leave no trace
             with poutine.block(), unchanged_state(self.call.model, self.call.guide):

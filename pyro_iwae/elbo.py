@@ -223,8 +223,7 @@ class ImportanceWeightedELBO(ELBO):
         """Minus the bound, scaled and summed over elements, in nats."""
         if self._is_single:  # any objective is the ELBO then, whatever its gradient
             return float(self._single("loss", model, guide, args, kwargs))
-        chunks = self._chunks(Call(model, guide, args, kwargs))
-        weights = self.log_weights(model, guide, *args, **kwargs) if chunks is None else chunks.values()
+        weights = self._values(Call(model, guide, args, kwargs))
         return -torch_item(weights.total(self._totals(weights).value))
 
     def differentiable_loss(self, model: Program, guide: Program, *args: Any, **kwargs: Any) -> Tensor:
@@ -262,6 +261,11 @@ class ImportanceWeightedELBO(ELBO):
         require_callables(call.model, call.guide)
         count = as_count("num_particles", self.num_particles)
         return weigh_particles(call, num_particles=count, recording=recording, **self._options())
+
+    def _values(self, call: Call) -> LogWeights:
+        """Weights whose gradients nobody wants."""
+        chunks = self._chunks(call)
+        return self._draw(call).weights if chunks is None else chunks.values()
 
     def _chunks(self, call: Call) -> Chunks | None:
         """How the particles are run if they are more than may be in memory; None if not."""
@@ -316,8 +320,7 @@ class ImportanceWeightedELBO(ELBO):
         """The loss, value of the objective and gradient of the surrogates; and the particles, if all were there."""
         gradient = self.gradient
         if not torch.is_grad_enabled():
-            chunks = self._chunks(call)
-            weights = self._draw(call).weights if chunks is None else chunks.values()
+            weights = self._values(call)
             return None, -weights.total(self._totals(weights).value)
         if isinstance(gradient, SampledBackward) and self.num_particles <= gradient.draws:
             gradient = gradient.inner

@@ -23,10 +23,11 @@ from pyro_iwae.particles import Call
 from pyro_iwae.plates import Layout, Scale, Site, latent_sites, own_scale
 from pyro_iwae.state import unchanged_state
 from pyro_iwae.structure import Structure, StructureCache
+from pyro_iwae.subsampling import subsampled_inside
 from pyro_iwae.terms import is_zero, outer_scale
 from pyro_iwae.traces import Pair, run_pair
 from pyro_iwae.tree import PlateParticles, Tree
-from pyro_iwae.weighing import subsampled_inside, weigh_particles
+from pyro_iwae.weighing import weigh_particles
 
 __all__ = ["PlateReport", "Preflight", "SiteReport", "preflight"]
 

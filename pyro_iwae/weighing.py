@@ -10,37 +10,32 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any
 
 import torch
-from pyro.poutine.indep_messenger import CondIndepStackFrame
 from torch import Tensor
 
+from pyro_iwae.announcements import announce_cuts
 from pyro_iwae.decisions import holds
 from pyro_iwae.densities import infinity_message, nan_message, varies_along
-from pyro_iwae.drawn import settable
 from pyro_iwae.handlers import Minibatch
-from pyro_iwae.inspection import inspect
 from pyro_iwae.leaves import cuts_of
 from pyro_iwae.logweights import LogWeights
 from pyro_iwae.particles import Call, Run, run_particles, runs_of
-from pyro_iwae.plates import Layout, Scale, Site, is_subsampled, latent_sites, own_scale, same_scale
+from pyro_iwae.plates import Layout, Scale, Site, latent_sites, own_scale, same_scale
 from pyro_iwae.structure import Structure, StructureCache
+from pyro_iwae.subsampling import require_full_plates
 from pyro_iwae.terms import Term, joined, one_scale, outer_scale, terms_of, weighed_sites
 from pyro_iwae.traces import Pair, Recording, require_site_shapes
-from pyro_iwae.tree import CHANGING_SITES, PlateParticles, Tree, combine_problem
+from pyro_iwae.tree import CHANGING_SITES, PlateParticles, combine_problem
+from pyro_iwae.verdicts import Question
 
 __all__ = [
     "Particles",
     "constants_of",
     "impossible_sites",
-    "subsampled_inside",
-    "subsampling_problem",
-    "verdict",
-    "verdict_key",
     "warn_of_impossible",
     "weigh",
     "weigh_particles",
@@ -104,21 +99,17 @@ def weigh_particles(
     recording = Recording() if recording is None else recording
     minibatch = Minibatch() if minibatch is None else minibatch
     whole = num_particles if among is None else among
-    key = verdict_key(call, cache, vectorize, max_plate_nesting, plate_particles)
-    known = _known(cache, key)
-    look = partial(
-        _look,
+    question = Question(
         call,
-        key,
-        known,
-        num_particles=whole,
-        cache=cache,
-        vectorize=vectorize,
-        max_plate_nesting=max_plate_nesting,
+        cache,
+        whole,
+        vectorize,
+        max_plate_nesting,
         warn_of_enumeration=warn_of_enumeration,
         minibatch=minibatch,
         plate_particles=plate_particles,
     )
+    known = question.known
 
     def run(structure: Structure) -> list[Pair]:
         return run_particles(
@@ -131,22 +122,22 @@ def weigh_particles(
             recording=recording,
         )
 
-    structure = look() if known is None or not known.settled else known
+    structure = question.answer()
     try:
         pairs = run(structure)
     except Exception:
         if known is None:
             raise
-        structure = look()  # plates that were not there before collide with the particles' own
+        structure = question.look()  # plates that were not there before collide with the particles' own
         if structure.run == known.run:
             raise
         pairs = run(structure)
     described = structure.describes(pairs[0], num_particles)
     if not described:
         before = structure.run
-        found = cache.find(key, structure.signature_of(pairs[0], num_particles))
-        structure = found if found is not None and found.settled else look()
-        cache.store(key, structure)
+        found = cache.find(question.key, structure.signature_of(pairs[0], num_particles))
+        structure = found if found is not None and found.settled else question.look()
+        cache.store(question.key, structure)
         if structure.run != before:
             pairs = run(structure)
         described = structure.describes(pairs[0], num_particles)
@@ -155,75 +146,12 @@ def weigh_particles(
         require_apart(pair, structure.run, num_particles)
         require_site_shapes(pair, structure.run.width(num_particles))
     if recording.cut:
-        _announce_cuts(pairs[0], cache.said)
+        announce_cuts(pairs[0], cache.said)
     layouts = _common_layouts(structure, pairs, num_particles, alike=described)
     if averaged:
         require_full_plates(pairs[0], layouts, structure.run.tree, whole)
     weights = weigh(pairs, layouts, structure.run, num_particles, cut=recording.cut, whole=among is None)
     return Particles(weights, pairs, layouts, structure, minibatch)
-
-
-def verdict(
-    call: Call,
-    *,
-    cache: StructureCache,
-    vectorize: bool | None,
-    max_plate_nesting: float,
-    plate_particles: PlateParticles | None = None,
-    **further: Any,
-) -> Structure:
-    """What :func:`weigh_particles` would go by at first; the arguments are its own."""
-    options: dict[str, Any] = {
-        "vectorize": vectorize,
-        "max_plate_nesting": max_plate_nesting,
-        "plate_particles": plate_particles,
-    }
-    key = verdict_key(call, cache, **options)
-    known = _known(cache, key)
-    return known if known is not None and known.settled else _look(call, key, known, cache=cache, **options, **further)
-
-
-def _known(cache: StructureCache, key: tuple[Any, ...]) -> Structure | None:
-    known = cache.latest(key)
-    if known is not None and not known.current:
-        return cache.find(key, known.signature) or known
-    return known
-
-
-def _look(
-    call: Call,
-    key: tuple[Any, ...],
-    known: Structure | None,
-    *,
-    num_particles: int,
-    cache: StructureCache,
-    warn_of_enumeration: bool = True,
-    **options: Any,
-) -> Structure:
-    structure = inspect(replace(call, drawing=None), **options)
-    structure = _announce(structure, num_particles, warn_of_enumeration, cache.latest(key))
-    attempts = known.attempts + 1 if known is not None and known.current else 1
-    structure = replace(structure, probe=None, attempts=attempts)
-    cache.store(key, structure)
-    return structure
-
-
-def verdict_key(
-    call: Call,
-    cache: StructureCache,
-    vectorize: bool | None,
-    max_plate_nesting: float,
-    plate_particles: PlateParticles | None,
-) -> tuple[Any, ...]:
-    """What the verdict on a call is kept by."""
-    plates = tuple((f.name, f.dim) for f in call.enclosing)
-    switches = (*map(_switch, call.args), *((n, _switch(v)) for n, v in sorted(call.kwargs.items())))
-    return cache.key(call.model, call.guide, plates, vectorize, max_plate_nesting, plate_particles, switches)
-
-
-def _switch(value: Any) -> bool | None:
-    """Whether a number among the arguments is on: a coupling that was 0 at the first look ties what it did not then."""
-    return bool(value) if isinstance(value, bool | int | float) else None
 
 
 def _common_layouts(structure: Structure, pairs: Sequence[Pair], num_particles: int, *, alike: bool) -> list[Layout]:
@@ -240,99 +168,6 @@ def _common_layouts(structure: Structure, pairs: Sequence[Pair], num_particles: 
     if structure.run.tree.grows:
         raise ValueError(CHANGING_SITES)
     return [layout.keeping(()) for layout in layouts]
-
-
-def _announce(structure: Structure, num_particles: int, of_enumeration: bool, known: Structure | None) -> Structure:
-    """Warns of what the verdict found, unless the last one said the same; returns it with all that was said."""
-    messages = list(structure.messages)
-    if structure.probe is not None:
-        messages += mask_warnings(structure.probe)
-        messages += enumeration_warnings(structure.probe) if of_enumeration and num_particles > 1 else []
-    for message in messages:
-        if known is None or message not in known.messages:
-            warnings.warn(message, UserWarning, stacklevel=4)
-    return replace(structure, messages=tuple(messages))
-
-
-def _announce_cuts(pair: Pair, said: set[str]) -> None:
-    """Warns, once, of what it costs to tell the ways through z apart, and where there is nothing to tell apart."""
-    found = []
-    for name, cut in pair.cuts.items():
-        if cut.solved:
-            site: Site = pair.guide.nodes[name]
-            found.append(
-                f"guide site '{name}' draws from a flow whose inverse is slow or missing: each step solves with its "
-                f"Jacobian, which takes {site['fn'].event_shape.numel()} backward passes through the flow. A coupling "
-                "flow has a fast inverse, gradient=Pathwise() needs none"
-            )
-    sites = "cut " + ", ".join(name for name, _ in latent_sites(pair.guide))
-    direct = [] if sites in said else _set_directly(pair)
-    said.add(sites)  # looked at once
-    if direct:
-        found.append(
-            f"guide sites {direct} are set by their parameters directly (a Delta, or noise without parameters that a "
-            "Delta bends), so that there is no draw whose log q could be treated apart: StickTheLanding and "
-            "DoublyReparameterized give the pathwise gradient for these parameters"
-        )
-    for message in found:
-        if message not in said:
-            said.add(message)
-            warnings.warn(message, UserWarning, stacklevel=4)
-
-
-def _set_directly(pair: Pair) -> list[str]:
-    """Guide sites whose value follows from others, and from parameters that are in no draw's log q."""
-    params: list[Any] = [pair.guide.nodes[name]["value"] for name in pair.guide.param_nodes]
-    bare = [p.unconstrained() if hasattr(p, "unconstrained") else p for p in params]
-    bare = [p for p in bare if p.requires_grad]
-    handles = [cut.value.register_hook(torch.zeros_like) for cut in pair.cuts.values()]
-    try:
-        return [
-            name
-            for name, site in latent_sites(pair.guide)
-            if not settable(site) and site["value"].requires_grad and bare and _depends(site["value"], bare)
-        ]
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def _depends(value: Tensor, params: Sequence[Tensor]) -> bool:
-    uneven = torch.linspace(1.0, 2.0, value.numel()).to(value).reshape(value.shape)  # a simplex sums to 1 anyway
-    slopes = torch.autograd.grad((uneven * value).sum(), params, retain_graph=True, allow_unused=True)
-    return any(slope is not None and bool(slope.any()) for slope in slopes)
-
-
-def enumeration_warnings(pair: Pair) -> list[str]:
-    """Guide sites that ask for enumeration are sampled for more than one particle."""
-    names = [n for n, s in latent_sites(pair.guide) if s["infer"].get("enumerate")]
-    if not names:
-        return []
-    return [
-        f"guide sites {names} ask for enumeration, which more than one particle cannot do (the exact bound has one "
-        "term for each combination): they are sampled. Use num_particles=1 for TraceEnum_ELBO's exact sum, or "
-        "strict_enumeration_warning=False to silence this"
-    ]
-
-
-def mask_warnings(pair: Pair) -> list[str]:
-    """A latent that is masked in the model alone has a density in q and none in p: no weight is p / q then."""
-    found = []
-    for name, site in latent_sites(pair.guide):
-        prior = pair.model.nodes.get(name)
-        mask = None if prior is None else prior["mask"]
-        if isinstance(mask, Tensor) and not bool(mask.all()) and not _same_mask(mask, site["mask"]):
-            found.append(
-                f"latent site '{name}' is masked in the model and not alike in the guide: where it is masked its "
-                "density counts in q and not in p, and the bound can pass the evidence. Put the same poutine.mask "
-                "around it in the guide; for missing data, mask the observation instead of using obs_mask: "
-                "with poutine.mask(mask=known): pyro.sample(..., obs=data)"
-            )
-    return found
-
-
-def _same_mask(mask: Tensor, other: Any) -> bool:
-    return isinstance(other, Tensor) and bool((mask == other).all())
 
 
 def weigh(
@@ -449,77 +284,6 @@ def require_apart(pair: Pair, run: Run, num_particles: int) -> None:
                 f"{role} site '{name}' follows the particles of plate '{tree.nodes[node].plate}', and did not when "
                 "model and guide were first looked at; make what depends on what the same in every call"
             )
-
-
-def require_full_plates(pair: Pair, layouts: Sequence[Layout], tree: Tree, num_particles: int) -> None:
-    """Raises where a subsampled plate is not independent and particles would go inside its scale."""
-    problem = subsampling_problem(pair, layouts, tree, num_particles)
-    if problem is not None:
-        raise ValueError(problem)
-
-
-def subsampling_problem(
-    pair: Pair, layouts: Sequence[Layout], tree: Tree | None = None, num_particles: int = 2
-) -> str | None:
-    """What is wrong, and what to write instead, for a subsampled plate below a latent; None if nothing is."""
-    tree = Tree() if tree is None else tree
-    counts, found = tree.counts(num_particles), list(subsampled_inside(pair, layouts, tree))
-    for site, frame, around in found:
-        if any(counts[node] > 1 for node in around):
-            return (
-                f"plate '{frame.name}' (site '{site['name']}') shows {frame.size} of its {frame.full_size} elements, "
-                "and is not independent: latents outside it, or a site that mixes its elements, tie them. With more "
-                "than one particle its scale would sit inside the logarithm and the loss would be no bound; "
-                + _subsampling_remedy(pair, layouts, tree, counts, found)
-            )
-    return None
-
-
-Subsampled = tuple[Site, CondIndepStackFrame, set[int]]
-
-
-def subsampled_inside(pair: Pair, layouts: Sequence[Layout], tree: Tree) -> Iterator[Subsampled]:
-    """Sites in subsampled plates, and the nodes inside whose logarithm the plate's scale stands: with one particle."""
-    if not any(True for t in (pair.model, pair.guide) for _ in latent_sites(t)):
-        return
-    if not any(is_subsampled(f) for _, _, s in pair.sites() for f in s["cond_indep_stack"]):
-        return
-    for i, layout in enumerate(layouts):
-        for site in filter(layout.holds, weighed_sites(pair, layouts[0])):
-            for frame in filter(is_subsampled, site["cond_indep_stack"]):
-                # It is outside the weights of the nodes whose elements are the plate's.
-                yield (
-                    site,
-                    frame,
-                    {n for n in tree.path(i) if all(p.frame_of(site) != frame for p in layouts[n].plates)},
-                )
-
-
-def _subsampling_remedy(
-    pair: Pair, layouts: Sequence[Layout], tree: Tree, counts: Sequence[int], found: Sequence[Subsampled]
-) -> str:
-    ones = set[int]().union(*(around for _, _, around in found))
-    wanted: dict[str, int | str] = {n.plate: 1 if i in ones else n.count for i, n in enumerate(tree.nodes) if i}
-    wanted.update(dict.fromkeys(_without_particles(pair, layouts, found), "K"))
-    text = "{" + ", ".join(f"'{plate}': {count}" for plate, count in wanted.items()) + "}"
-    full = "give it the full data (no subsample_size)"
-    if all(count == 1 for count in wanted.values()):
-        return f"write num_particles=1, or {full}"
-    if counts[0] == 1:
-        return f"write plate_particles={text}, or {full}"
-    return (
-        f"write num_particles=1, or {full}; num_particles=1, plate_particles={text} gives the latents of the plate "
-        "particles of their own, inside the scale's sum"
-    )
-
-
-def _without_particles(pair: Pair, layouts: Sequence[Layout], found: Sequence[Subsampled]) -> list[str]:
-    """Subsampled plates that own latents and could have particles of these: the innermost ones."""
-    known = {p.name for layout in layouts[1:] for p in layout.plates}
-    latents = {n: {f.name for f in s["cond_indep_stack"]} for n, s in latent_sites(pair.guide) if settable(s)}
-    held = {f.name: {n for n, plates in latents.items() if f.name in plates} for _, f, _ in found}
-    free = {name: names for name, names in held.items() if names and name not in known}
-    return [name for name, names in free.items() if not any(other < names for other in free.values())]
 
 
 def constants_of(tables: Sequence[Sequence[Term]]) -> dict[tuple[str, ...], Tensor]:

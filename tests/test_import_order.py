@@ -12,7 +12,7 @@ import pyro_iwae
 
 ROOT = Path(pyro_iwae.__file__).parent
 ORDER = [
-    {"decisions", "exact", "options", "owning", "piecemeal", "replay", "totals"},
+    {"decisions", "exact", "options", "owning", "piecemeal", "products", "replay", "totals"},
     {"capture", "ways"},
     {"cut"},
     {"logweights"},
@@ -20,16 +20,17 @@ ORDER = [
     {"gradients"},
     {"density", "plates", "state"},
     {"densities", "drawn", "replaying", "tree", "watching"},
-    {"flows", "updates"},
+    {"flows", "step", "updates"},
     {"edges"},
     {"cutting"},
     {"handlers", "traces"},
     {"blocks", "terms"},
     {"particles"},
-    {"crossing", "leaves", "redrawn", "structure"},
-    {"trial"},
+    {"crossing", "leaves", "redrawn", "structure", "subsampling"},
+    {"announcements", "trial"},
     {"branching"},
     {"inspection"},
+    {"verdicts"},
     {"weighing"},
     {"chunks", "compiled", "expectation", "unconstrain", "walking"},
     {"selection"},
@@ -65,6 +66,7 @@ def test_the_mathematics_knows_no_pyro():
     names = [
         "decisions.py",
         "replay.py",
+        "products.py",
         "ways.py",
         "piecemeal.py",
         "cut.py",
