@@ -9,9 +9,11 @@ recorded. Random numbers are operations of the graph: they come from torch's gen
 
 from __future__ import annotations
 
+import logging
 import traceback
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,7 +36,7 @@ UNSEEN = Tensor.numpy, Tensor.__array__, Tensor.tolist, Tensor.__dlpack__  # rea
 # Random numbers come from torch's own generator, in the order of the program: seeded runs are those of eager runs.
 OPTIONS = {"fallback_random": True, "reorder_for_peak_memory": False, "reorder_for_locality": False}
 # On a CPU, what calls the kernels is compiled too, memory is taken in one piece, and shapes are not checked once more
-# (``watching`` does): half of a short step.
+# (``watching`` does). Calls by way of Python are refused, as they would be slower.
 BY_CPP = OPTIONS | {"cpp_wrapper": True, "memory_planning": True, "size_asserts": False}
 
 
@@ -85,14 +87,14 @@ class Graph:
     def _compiled(self, inputs: list[Any], options: dict[str, Any]) -> Run:
         import torch._inductor as inductor
 
-        with torch.no_grad(), warnings.catch_warnings():
+        with torch.no_grad(), warnings.catch_warnings(), _refusing_slow_calls():
             warnings.simplefilter("ignore")  # of the compiler's own doings
             try:
                 compiled: Run = inductor.compile(self.module, inputs, options=dict(options))
-            except Exception:  # an operation that only Python calls
+            except Exception:
                 if options is OPTIONS:
                     raise
-                return self._compiled(inputs, OPTIONS)
+                return self._compiled(inputs, OPTIONS)  # an operation that only Python calls
         return compiled
 
     def launch_together(self, tensors: Sequence[Tensor], copied: slice) -> bool:
@@ -118,6 +120,26 @@ class Graph:
 
     def _all(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         return [*tensors, *self.inputs[len(tensors) :]]
+
+
+class _SlowCalls(logging.Filter):
+    """Notices where compiled code would call an operation by way of Python, slower than Python would itself."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        if "missing a c-shim" in record.getMessage():
+            raise NotImplementedError(record.getMessage())
+        return True
+
+
+@contextmanager
+def _refusing_slow_calls() -> Iterator[None]:
+    """Stops the compiler there; all that it says of it goes to a logger."""
+    logger, slow = logging.getLogger("torch._inductor.ir"), _SlowCalls()
+    logger.addFilter(slow)
+    try:
+        yield
+    finally:
+        logger.removeFilter(slow)
 
 
 def capture(function: Callable[[], Sequence[Tensor]], inputs: Sequence[Tensor]) -> Graph:
@@ -148,10 +170,9 @@ def capture(function: Callable[[], Sequence[Tensor]], inputs: Sequence[Tensor]) 
     _draw_normals(module)
     use_onednn(module)
     _own_outputs(module)
+    # The recording's shapes are those of fake tensors, each of a mode of its own, which the compiler would not take.
     for node in module.graph.nodes:
-        node.meta.pop(
-            "val", None
-        )  # the shapes that the recording saw, each of a mode of its own: the compiler looks anew
+        node.meta.pop("val", None)
     module.graph.eliminate_dead_code()
     module.recompile()
     return Graph(module, [*inputs, *found])
@@ -168,6 +189,7 @@ def _draw_normals(module: GraphModule) -> None:
             continue
         with module.graph.inserting_before(node):
             drawn = module.graph.call_function(torch.ops.aten.randn.default, place.args, place.kwargs)
+        drawn.meta = dict(place.meta)
         node.replace_all_uses_with(drawn)
         place.replace_all_uses_with(drawn, delete_user_cb=lambda user, node=node: user is not node)
         module.graph.erase_node(node)
@@ -216,6 +238,7 @@ def _lift(module: GraphModule) -> list[Tensor]:
             place = module.graph.inserting_after(after) if after else module.graph.inserting_before()
             with place:
                 after = module.graph.placeholder(f"found_{len(found)}")
+            after.meta["val"] = tensor
             found[id(tensor)] = tensor, after
         node.replace_all_uses_with(found[id(tensor)][1])
         module.graph.erase_node(node)

@@ -35,7 +35,8 @@ from pyro_iwae.watching import (
     handlers_around,
     handlers_of,
     require_no_handlers,
-    require_same_buffers,
+    slots_of,
+    steady,
 )
 from pyro_iwae.weighing import Particles
 
@@ -148,13 +149,13 @@ class CompiledSteps:
         buffers = [b for m in modules for b in m._buffers.values() if b is not None]
         inputs = [*leaves, *(t for kind in state for t in kind), *fresh, *buffers]
         kept = [*handlers_of(call.model), *handlers_of(call.guide)]
-        watched = Watched.of(modules, parameters, leaves)
+        slots = slots_of(modules)
+        watched = Watched.of(modules, parameters, leaves, slots)
         step = Step(Graph.empty(), leaves, parameters, watched, state, options, kept, buffers)
         with self._unchanged(step, call), poutine.block():
             step.graph = capture(lambda: self._pass(call, leaves), inputs)
-            require_same_buffers(modules)
-        read = [*leaves, *step.graph.inputs[len(inputs) :]]
-        step.watched = Watched.of(modules, parameters, read).without_caches(watched)
+            slots = steady(slots, step.graph.inputs)
+        step.watched = Watched.of(modules, parameters, [*leaves, *step.graph.inputs[len(inputs) :]], slots)
         self.cache.made[pair] = made + 1
         if not self._agrees_twice(step, call, arguments):
             raise RuntimeError(PARTED)

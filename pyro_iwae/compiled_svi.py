@@ -23,6 +23,7 @@ from pyro_iwae.particles import Call
 from pyro_iwae.step import Step
 from pyro_iwae.updates import OptimizerUpdate
 from pyro_iwae.watching import Arguments
+from pyro_iwae.weighing import Particles
 
 __all__ = ["CompiledSVI"]
 
@@ -69,15 +70,11 @@ class CompiledSVI:
             raise TypeError(
                 f"expected loss to be an ImportanceWeightedELBO, got {loss!r}; num_particles=1 is Trace_ELBO's loss"
             )
-        if loss.chunk_size is not None:
-            raise ValueError(
-                f"CompiledSVI records all particles as one graph, got a loss with chunk_size={loss.chunk_size}; write "
-                "SVI(model, guide, optim, loss), or leave chunk_size out"
-            )
+        _require_whole(loss)
         self.model, self.guide, self._optim, self._loss = model, guide, optim, loss
         self._copy = copy.copy(loss)
         self._update = OptimizerUpdate(optim)
-        self._recorded = CompiledSteps(lambda call: self._plain._step(call), self._update)
+        self._recorded = CompiledSteps(self._uncompiled_step, self._update)
 
     @property
     def optim(self) -> PyroOptim:
@@ -140,6 +137,9 @@ class CompiledSVI:
         """Has the step recorded anew, after a change of what a recording takes for granted."""
         self._recorded.recapture()
 
+    def _uncompiled_step(self, call: Call) -> tuple[Particles | None, Tensor]:
+        return self._plain._step(call)
+
     @property
     def _plain(self) -> ImportanceWeightedELBO:
         """The loss with its options as they are now, uncompiled."""
@@ -149,6 +149,7 @@ class CompiledSVI:
 
     def _advance(self, call: Call, losses: list[float], most: int) -> None:
         """Takes at least one step and at most so many, and adds their losses."""
+        _require_whole(self._loss)
         try:
             with torch.enable_grad():
                 found = self._recorded.find(call, self._loss._frozen)
@@ -181,3 +182,12 @@ class CompiledSVI:
         loss = SVI(self.model, self.guide, self.optim, self._plain).step(*call.args, **call.kwargs)
         self._update.refresh()
         return float(loss)
+
+
+def _require_whole(loss: ImportanceWeightedELBO) -> None:
+    """Raises where the loss runs its particles in chunks."""
+    if loss.chunk_size is not None:
+        raise ValueError(
+            f"CompiledSVI records all particles as one graph, got a loss with chunk_size={loss.chunk_size}; write "
+            "SVI(model, guide, optim, loss), or leave chunk_size out"
+        )

@@ -114,16 +114,11 @@ class OptimizerUpdate:
             slot = self.slots.get(leaf)
             if slot is None:
                 continue
-            if self.optim.optim_objs.get(leaf) is not slot.optimizer:  # it has been replaced
-                del self.slots[leaf]
+            if self.optim.optim_objs.get(leaf) is not slot.optimizer or slot.group != slot.settled:
+                del self.slots[leaf]  # somebody has replaced or changed it, and it may keep more than it did
                 self.version += 1
-                continue
-            if slot.has_parted:
+            elif slot.has_parted:
                 slot.refresh()
-            if slot.group != slot.settled:  # somebody has changed it
-                slot.first_lr = _first_lr(slot.group, int(slot.count))
-                slot.settled = dict(slot.group)
-                self.version += 1
         return self.version
 
     def prepare(self, leaves: Sequence[Tensor], parameters: Parameters) -> list[list[Tensor]]:

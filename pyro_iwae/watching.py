@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import pyro
 import torch
@@ -31,7 +31,8 @@ __all__ = [
     "handlers_around",
     "handlers_of",
     "require_no_handlers",
-    "require_same_buffers",
+    "slots_of",
+    "steady",
 ]
 
 PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, torch.memory_format)
@@ -129,6 +130,20 @@ class Parameters(Messenger):
                 effectful(given, type="param")(name, name=name)
 
 
+class Slot(NamedTuple):
+    """A place in a module, and the parameter, buffer, other module or tensor that lies there."""
+
+    held: Mapping[str, Any]
+    name: str
+    thing: Any
+    kind: str
+    owner: str
+
+    @property
+    def is_as_it_was(self) -> bool:
+        return self.held.get(self.name) is self.thing
+
+
 @dataclass(frozen=True)
 class Watched:
     """What a recording has taken for granted.
@@ -141,35 +156,30 @@ class Watched:
     """
 
     modes: tuple[tuple[Any, bool], ...]
-    slots: tuple[tuple[Mapping[str, Any], str, Any], ...]
+    slots: tuple[Slot, ...]
     stored: Mapping[str, Tensor]
     kinds: tuple[tuple[Tensor, tuple[Any, ...]], ...]
 
     @classmethod
-    def of(cls, modules: Collection[torch.nn.Module], parameters: Parameters, tensors: Iterable[Tensor]) -> Watched:
+    def of(
+        cls,
+        modules: Collection[torch.nn.Module],
+        parameters: Parameters,
+        tensors: Iterable[Tensor],
+        slots: Sequence[Slot],
+    ) -> Watched:
         """Looks at the modules that ran, the parameters that were asked for, and the tensors that are read."""
-        slots = tuple(
-            (held, name, tensor)
-            for module in modules
-            for held in (module._parameters, module._buffers, module._modules, vars(module))
-            for name, tensor in held.items()
-            if held is not vars(module) or isinstance(tensor, Tensor)
-        )
         store = pyro.get_param_store()._params
         stored = {n: store[n] for n in parameters.found if n in store}
         asked = (leaf for leaf, _ in parameters.found.values())
-        read = {id(t): t for t in (*tensors, *asked, *(t for _, _, t in slots if isinstance(t, Tensor)))}
+        lying = (slot.thing for slot in slots if isinstance(slot.thing, Tensor))
+        read = {id(t): t for t in (*tensors, *asked, *lying)}
         return cls(
             tuple((weakref.ref(m), m.training) for m in modules),
-            slots,
+            tuple(slots),
             stored,
             tuple((t, kind_of(t)) for t in read.values()),
         )
-
-    def without_caches(self, earlier: Watched) -> Watched:
-        """Without the slots whose contents the run that was recorded has itself replaced: it does so each time."""
-        before = {(id(held), name): thing for held, name, thing in earlier.slots}
-        return replace(self, slots=tuple(s for s in self.slots if before.get((id(s[0]), s[1])) is s[2]))
 
     def holds(self) -> bool:
         """Whether all is as it was. Numbers in tensors may be others."""
@@ -177,7 +187,7 @@ class Watched:
         for name, tensor in self.stored.items():
             if store.get(name) is not tensor:
                 return False
-        for held, name, thing in self.slots:
+        for held, name, thing, _, _ in self.slots:
             if held.get(name) is not thing:
                 return False
         for tensor, kind in self.kinds:
@@ -207,15 +217,39 @@ def require_no_handlers() -> None:
             )
 
 
-def require_same_buffers(before: Mapping[torch.nn.Module, Mapping[str, tuple[Tensor, Tensor]]]) -> None:
-    """Raises where a run has put another tensor in the place of a buffer, which a recording would do only once."""
-    for module, buffers in before.items():
-        for name, (buffer, _) in buffers.items():
-            if module._buffers.get(name) is not buffer:
-                raise NotImplementedError(
-                    f"compile=True needs buffers that are changed in place; buffer '{name}' of {type(module).__name__} "
-                    f"is replaced in each run. Write self.{name}.copy_(...) or self.{name}.add_(...), or compile=False"
-                )
+def slots_of(modules: Iterable[torch.nn.Module]) -> list[Slot]:
+    """The places in modules where a run looks things up."""
+    return [
+        Slot(held, name, thing, kind, type(module).__name__)
+        for module in modules
+        for kind, held in (
+            ("parameter", module._parameters),
+            ("buffer", module._buffers),
+            ("module", module._modules),
+            ("tensor", vars(module)),
+        )
+        for name, thing in held.items()
+        if kind != "tensor" or isinstance(thing, Tensor)
+    ]
+
+
+def steady(slots: Iterable[Slot], read: Sequence[Tensor]) -> list[Slot]:
+    """Those whose contents a run has left there. What it replaces unread, such as a cache, it replaces each time.
+
+    Raises:
+        NotImplementedError: where it has replaced what it has read, or a buffer: a recording would do that once only.
+    """
+    kept, numbers = list[Slot](), {id(tensor) for tensor in read}
+    for slot in slots:
+        if slot.is_as_it_was:
+            kept.append(slot)
+        elif slot.kind == "buffer" or id(slot.thing) in numbers:
+            raise NotImplementedError(
+                f"compile=True records one run, and {slot.kind} '{slot.name}' of {slot.owner} is replaced in each; "
+                f"make it a buffer that changes in place, as in self.{slot.name}.copy_(...) or "
+                f"self.{slot.name}.add_(...), or write compile=False"
+            )
+    return kept
 
 
 def handlers_around(program: Callable[..., Any]) -> tuple[Any, ...]:

@@ -989,28 +989,47 @@ def test_strides_that_change_are_seen(compiling):
     assert recordings(recorded) == 2
 
 
-@pytest.mark.parametrize("compiled", [CompiledSVI, ImportanceWeightedELBO])
-def test_a_buffer_that_is_replaced_in_each_run_is_refused(compiled):
-    class Guide(torch.nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.loc = torch.nn.Parameter(torch.zeros(()))
-            self.register_buffer("runs", torch.tensor(0.0))
+class Counting(torch.nn.Module):
+    """A guide that counts its runs, in a buffer, in one that starts as None, or in an attribute."""
 
-        def forward(self):
-            self.runs = self.runs + 1.0
-            pyro.sample("z", dist.Normal(self.loc + 0.0 * self.runs, 1.0))
+    def __init__(self, way):
+        super().__init__()
+        self.way, self.loc = way, torch.nn.Parameter(torch.zeros(()))
+        if way == "attribute":
+            self.runs = torch.tensor(0.0)
+        else:
+            self.register_buffer("runs", torch.tensor(0.0) if way == "buffer" else None)
 
-    guide, optim = Guide(), pyro.optim.SGD({"lr": 0.1})
+    def forward(self):
+        self.runs = torch.tensor(1.0) if self.runs is None else self.runs + 1.0
+        pyro.sample("z", dist.Normal(self.loc + 0.0 * self.runs, 1.0))
+
+
+@pytest.mark.parametrize("way", ["buffer", "buffer that starts as None", "attribute"])
+@pytest.mark.parametrize("kind", [CompiledSVI, SVI])
+def test_what_each_run_replaces_is_refused(kind, way):
+    guide, optim = Counting(way), pyro.optim.SGD({"lr": 0.1})
     pyro.module("guide", guide)
-    if compiled is CompiledSVI:
-        svi = CompiledSVI(lone_model, guide, optim, ImportanceWeightedELBO(4))
-    else:
-        svi = SVI(lone_model, guide, optim, ImportanceWeightedELBO(4, compile=True))
+    svi = kind(lone_model, guide, optim, ImportanceWeightedELBO(4, compile=kind is SVI))
     for _ in range(2):
-        with pytest.raises(NotImplementedError, match=r"buffer 'runs' of Guide is replaced.*self\.runs\.add_"):
+        with pytest.raises(NotImplementedError, match=r"'runs' of Counting is replaced in each.*self\.runs\.add_"):
             svi.step()
-    assert guide.runs == 0.0 and guide.loc == 0.0
+    assert guide.loc == 0.0 and (way != "buffer" or guide.runs == 0.0)
+
+
+def test_what_each_run_replaces_unread_is_no_matter():
+    """A cache, and what somebody puts in its place."""
+
+    class Guide(Counting):
+        def forward(self):
+            self.runs = self.loc * 2.0
+            pyro.sample("z", dist.Normal(self.runs, 1.0))
+
+    guide, (plain, recorded) = Guide("attribute"), both()
+    recorded.loss_and_grads(lone_model, guide)
+    guide.runs = torch.tensor(5.0)
+    assert_next_step_alike(plain, recorded, lone_model, guide)
+    assert recordings(recorded) == 1
 
 
 NORMALS = {
@@ -1025,7 +1044,38 @@ NORMALS = {
     "into a view": lambda x: (lambda e: (e[0].normal_(), e[1].normal_(), e + x)[2])(torch.empty(2, 3)),
     "twice": lambda x: (lambda e: (e.normal_(), e.normal_(), e + x)[2])(torch.empty(2, 3)),
     "randn": lambda x: torch.randn(2, 3) + x,
+    "in a product": lambda x: torch.empty(2, 3).normal_() @ x.expand(3, 3),
 }
+
+
+RANDN = "bare", "written out", "used after", "randn", "twice", "in a product"
+
+
+def test_calls_by_way_of_python_are_not_compiled_as_calls_from_c(compiling, caplog, monkeypatch):
+    """They would be slower, and a logger would say so of each."""
+    import torch._inductor as inductor
+
+    compile_, done = inductor.compile, []
+
+    def noted(module, inputs, options):
+        compiled = compile_(module, inputs, options=options)
+        done.append(options.get("cpp_wrapper", False))
+        return compiled
+
+    monkeypatch.setattr(inductor, "compile", noted)
+
+    def model():
+        pyro.sample("z", dist.Gamma(2.0, 1.0))
+
+    def guide():
+        pyro.sample("z", dist.Gamma(pyro.param("shape", torch.tensor(3.0)), 1.0))
+
+    plain, recorded = both()
+    recorded.loss_and_grads(model, guide)
+    recorded.loss_and_grads(flat_model, flat_guide, X)
+    assert done == [False, True]
+    assert "c-shim" not in caplog.text
+    assert_next_step_alike(plain, recorded, model, guide)
 
 
 @pytest.mark.parametrize("case", NORMALS)
@@ -1041,7 +1091,7 @@ def test_normal_draws_are_those_of_the_program(case, compiling):
         graph.compile([x])
         assert graph.compiled is not None
     draws = [str(n.target) for n in graph.module.graph.nodes]
-    assert ("aten.randn.default" in draws) == (case in ("bare", "written out", "used after", "randn", "twice"))
+    assert ("aten.randn.default" in draws) == (case in RANDN)
 
 
 def test_what_only_python_can_call_is_compiled_too(compiling, monkeypatch):

@@ -3,7 +3,9 @@
 
 """CompiledSVI takes the steps of SVI, on the same random numbers, with the optimiser in the recording."""
 
+import copy
 import math
+import pickle
 
 import pyro
 import pyro.distributions as dist
@@ -339,3 +341,46 @@ def test_what_cannot_be_in_the_graph_is_refused():
     with pytest.raises(NotImplementedError, match="gradient hook"):
         CompiledSVI(flat_model, flat_guide, OPTIMISERS["Adam"](), elbo).step(X)
     handle.remove()
+
+
+@pytest.mark.parametrize("change", [("SGD", "momentum", 0.9), ("Adam", "amsgrad", True)])
+def test_numbers_that_have_the_optimiser_keep_more(change):
+    """A momentum that begins, a maximum that is kept from now on."""
+    name, option, value = change
+    results = {}
+    for kind in (SVI, CompiledSVI):
+        pyro.clear_param_store()
+        optim = getattr(pyro.optim, name)({"lr": 0.01})
+        svi = kind(flat_model, flat_guide, optim, ImportanceWeightedELBO(num_particles=4))
+        svi.evaluate_loss(X)
+        pyro.set_rng_seed(3)
+        losses = [svi.step(X) for _ in range(3)]
+        for optimizer in optim.optim_objs.values():
+            optimizer.param_groups[0][option] = value
+            for state in optimizer.state.values():
+                if option == "amsgrad":  # torch makes it before the first step alone
+                    state["max_exp_avg_sq"] = torch.zeros_like(state["exp_avg_sq"])
+        losses += [svi.step(X) for _ in range(4)]
+        results[kind] = losses, {n: p.detach().clone() for n, p in parameters().items()}
+    assert results[CompiledSVI][0] == pytest.approx(results[SVI][0], rel=1e-4)
+    for found, expected in zip(results[CompiledSVI][1].values(), results[SVI][1].values(), strict=True):
+        torch.testing.assert_close(found, expected)
+
+
+def test_copies_have_options_of_their_own():
+    optim = pyro.optim.Adam({"lr": 0.01})
+    svi = CompiledSVI(flat_model, flat_guide, optim, ImportanceWeightedELBO(num_particles=2))
+    for copied in (copy.deepcopy(svi), pickle.loads(pickle.dumps(svi))):
+        copied.loss.num_particles = 7
+        pyro.set_rng_seed(3)
+        expected = ImportanceWeightedELBO(num_particles=7).loss(flat_model, flat_guide, X)
+        pyro.set_rng_seed(3)
+        assert copied.step(X) == pytest.approx(expected, rel=1e-5)
+    assert svi.loss.num_particles == 2
+
+
+def test_chunks_are_refused_when_they_are_asked_for_later():
+    svi = CompiledSVI(flat_model, flat_guide, pyro.optim.Adam({"lr": 0.01}), ImportanceWeightedELBO(num_particles=4))
+    svi.loss.chunk_size = 2
+    with pytest.raises(ValueError, match="chunk_size=2"):
+        svi.step(X)

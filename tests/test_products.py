@@ -3,10 +3,14 @@
 
 """Matrix products by oneDNN are the products, and take the place of those that they suit."""
 
+import importlib
+
+import pyro
+import pyro.distributions as dist
 import pytest
 import torch
 
-from pyro_iwae import products
+from pyro_iwae import ImportanceWeightedELBO, products
 from pyro_iwae.capture import capture
 
 has_onednn = torch.backends.mkldnn.is_available()
@@ -91,7 +95,56 @@ def test_torchs_own_product_stays(switch, monkeypatch):
     assert "pyro_iwae" not in str(graph.module.graph)
 
 
-def test_no_onednn_is_not_faster(monkeypatch):
+def test_factors_need_not_be_arguments(monkeypatch):
+    """They may come from closures, modules and draws."""
+    data, net = torch.randn(6, 4), torch.nn.Linear(4, 7)
+    net.register_buffer("shift", torch.randn(4, 4))
+
+    def model():
+        pyro.module("net", net)
+        logits = net(data @ net.shift) + torch.empty(6, 4).normal_() @ net.weight.t()
+        with pyro.plate("data", 6):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("x", dist.Normal(z + logits.sum(-1), 1.0), obs=data[:, 0])
+
+    def guide():
+        with pyro.plate("data", 6):
+            pyro.sample("z", dist.Normal(pyro.param("loc", torch.zeros(6)), 1.0))
+
+    losses = {}
+    for recorded in (False, True):
+        pyro.clear_param_store()
+        elbo = ImportanceWeightedELBO(num_particles=3, compile=recorded)
+        elbo.loss_and_grads(model, guide)
+        pyro.set_rng_seed(1)
+        losses[recorded] = [elbo.loss_and_grads(model, guide) for _ in range(3)]
+    assert losses[True] == pytest.approx(losses[False], rel=1e-5)
+    (step,) = elbo._recorded.cache.recorded.values()
+    assert str(step.graph.module.graph).count("pyro_iwae.multiply") >= 3
+
+
+MACHINES = {
+    "AMD": ("vendor_id : AuthenticAMD", "AVX512", True, True, True),
+    "Intel": ("vendor_id : GenuineIntel", "AVX512", True, True, False),
+    "older": ("vendor_id : AuthenticAMD", "AVX2", True, True, False),
+    "no MKL": ("vendor_id : AuthenticAMD", "AVX512", False, True, False),
+    "no oneDNN": ("vendor_id : AuthenticAMD", "AVX512", True, False, False),
+}
+
+
+@pytest.mark.parametrize("machine", MACHINES)
+def test_which_machines_it_is_faster_on(machine, monkeypatch):
     monkeypatch.undo()
-    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
-    assert not products.is_faster.__wrapped__()
+    processor, capability, mkl, mkldnn, expected = MACHINES[machine]
+    monkeypatch.setattr(products, "_processor", lambda: processor)
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: mkl)
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: mkldnn)
+    assert products.is_faster.__wrapped__() == expected
+
+
+def test_a_recording_outlives_a_reload():
+    a, b = matrices(6, 4, 7)
+    graph = capture(lambda: [a @ b], [a, b])
+    importlib.reload(products)
+    torch.testing.assert_close(graph([a, b])[0], a @ b)
