@@ -5,8 +5,9 @@
 
 Loss and gradient of K = 5,000 in chunks of 50, against K = 50 at once: peak memory, each in a process of its own, and
 time against that of 100 such steps, half of them before and half after in each round. Then K = 500 in chunks of
-several sizes. First, the mean loss in chunks must agree with that at once. Writes ``chunks.json``, ``chunks.md`` and
-``chunks.png`` into ``benchmarks/results``; on a GPU, ``chunks_cuda``.
+several sizes, and one step of K = 100,000 on 100 digits of scikit-learn's. First, the mean loss in chunks must agree
+with that at once. Writes ``chunks.json``, ``chunks.md`` and ``chunks.png`` into ``benchmarks/results``; on a GPU,
+``chunks_cuda``.
 """
 
 import json
@@ -15,14 +16,16 @@ import statistics
 import matplotlib.pyplot as plt
 import torch
 from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
+from sklearn.datasets import load_digits
 from support import device_name, keep, peer_arguments, provenance, spread, surroundings
 from support.asked import CHUNKS, cells
 from support.fresh import in_fresh_process
 from support.markdown import duration, markdown, three
 from support.memory import extra_memory, high_water
-from support.peers import LeftOut, Peer, elbo
+from support.peers import LeftOut, Peer, elbo, timed
 from support.problems import SMALL, Sizes
 from support.turns import compare, in_turns, require_agreement
+from support.vae import VAE
 from tqdm import tqdm
 
 from pyro_iwae import ImportanceWeightedELBO
@@ -36,8 +39,21 @@ def make_peer(particles, chunk, options):
     return Peer(name, kind, SMALL if options.smoke else Sizes(), device=options.device, smoke=options.smoke, **case)
 
 
+def many(request, options):
+    """Seconds and bytes of one step of a small VAE on 100 digits, with more particles than any memory holds at once."""
+    counts = torch.tensor(load_digits().data[:100], dtype=torch.float, device=options.device)
+    vae = VAE(counts.shape[1], [100, 100], 20, trials=16).to(options.device)
+    args = vae.model, vae.guide, counts
+    ImportanceWeightedELBO(2 * request["chunk"], chunk_size=request["chunk"]).loss_and_grads(*args)
+    elbo = ImportanceWeightedELBO(request["K"], chunk_size=request["chunk"])
+    seconds = timed(lambda: elbo.loss_and_grads(*args), options.device)
+    return {**request, "seconds": seconds, "bytes in all": high_water()}
+
+
 def alone(request, options):
     """Bytes that two steps take, the first included, beyond what is held after a step of two particles; and in all."""
+    if "many" in request:
+        return many(request, options)
     make_peer(2, request["chunk"] and 1, options).step()  # in chunks or not, as these: the first imports more of torch
     peer = make_peer(request["K"], request["chunk"], options)
 
@@ -136,6 +152,9 @@ def table(result):
         for r in result["sizes"]
     ]
     lines += markdown(["chunk", "ms a step, median (quartiles)", "memory of a step, MB", "of the process, MB"], rows)
+    many = result["many"]
+    lines += ["", f"One step of K = {many['K']:,} in chunks of {many['chunk']}, 64-100-100-20 VAE on 100 digits: "]
+    lines[-1] += f"{many['seconds']:.3g} s, {three(many['bytes in all'] / 1e6)} MB in all."
     return "\n".join([*lines, "", provenance(result).removesuffix(".") + f"; on {result['device']}.", ""])
 
 
@@ -168,6 +187,7 @@ def main():
     parser.add_argument("--chunk", type=int, default=50)
     parser.add_argument("--sweep", type=int, default=500, help="K where the size of chunks varies")
     parser.add_argument("--sizes", type=int, nargs="+", default=[10, 25, 50, 100, 250])
+    parser.add_argument("--many", type=int, default=100_000, help="K of one step on digits, in chunks of 100")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--losses", type=int, default=20, help="of each, to see whether they agree")
     options = parser.parse_args()
@@ -178,7 +198,7 @@ def main():
         return
     if options.smoke:
         options.particles, options.chunk, options.sweep, options.sizes, options.quiet = 20, 5, 4, [2], True
-        options.rounds = 2
+        options.rounds, options.many = 2, 400
     names = ("particles", "chunk", "sweep", "sizes", "rounds")
     result = {
         "benchmark": "particles in chunks: time and peak memory",
@@ -189,6 +209,7 @@ def main():
     }
     try:
         result |= {"agreement": agreement(options), "asked": asked(options), "sizes": by_size(options)}
+        result["many"] = in_fresh_process(__file__, {"many": True, "K": options.many, "chunk": 100}, options)
     except LeftOut as reason:
         result["left out"] = str(reason)
     name = "chunks" if options.device == "cpu" else "chunks_cuda"

@@ -29,7 +29,7 @@ from support.fresh import in_fresh_process
 from support.markdown import duration, markdown, three
 from support.memory import extra_memory
 from support.numpyro_peers import SCAN, STEPS, UPDATE, NumPyroPeer, Server, is_installed, numpyro_alone
-from support.peers import BY_COMPILER, COMPILED, EAGER, OURS, PEERS, SVI_RUN, SVI_STEP, TRACE, LeftOut, Peer
+from support.peers import BY_COMPILER, COMPILED, EAGER, OURS, PEERS, RECORDED, SVI_RUN, SVI_STEP, TRACE, LeftOut, Peer
 from support.problems import SMALL, Sizes, make_problem
 from support.turns import compare, in_turns, require_agreement
 from tqdm import tqdm
@@ -65,7 +65,7 @@ def gather(where, server, options, left_out):
     peers, chosen = [], settings(where, options)
     loops = where["problem"] == "eight schools"
     for name, make in PEERS.items():
-        if (name in LOOPS and not loops) or (name == SVI_STEP and where["work"] == "gradient"):
+        if (name in (*LOOPS, RECORDED) and not loops) or (name == SVI_STEP and where["work"] == "gradient"):
             continue
         if options.smoke and name in (COMPILED, SVI_STEP) and where["problem"] != "eight schools":
             continue  # compiling takes long

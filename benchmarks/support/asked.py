@@ -4,7 +4,7 @@
 """What the costs of a step are asked to be, as ratios; measured by ``steps`` and ``chunks``."""
 
 from support.numpyro_peers import SCAN, UPDATE
-from support.peers import BY_COMPILER, COMPILED, DISTRIBUTIONS, EAGER, OURS, RENYI, SVI_RUN, SVI_STEP
+from support.peers import BY_COMPILER, COMPILED, DISTRIBUTIONS, EAGER, OURS, RECORDED, RENYI, SVI_RUN, SVI_STEP
 
 
 def case(problem, particles, work="update", batch=20):
@@ -20,6 +20,7 @@ STEPS = [
     (SCHOOLS, SVI_STEP, UPDATE, 0.5),
     (SCHOOLS, SVI_RUN, SCAN, None),
     (SCHOOLS, COMPILED, RENYI, 0.2),
+    (SCHOOLS, RECORDED, RENYI, None),
     (AUTOENCODER, COMPILED, EAGER, 0.85),
     (AUTOENCODER, COMPILED, BY_COMPILER, 1.1),
     (AUTOENCODER, OURS, EAGER, 1.15),

@@ -8,6 +8,7 @@ from support import numpyro_peers, peers
 STYLES = {
     peers.OURS: ("#0072B2", "o", "-"),
     peers.COMPILED: ("#0072B2", "s", "--"),
+    peers.RECORDED: ("#56B4E9", "s", "--"),
     peers.SVI_STEP: ("#0072B2", "D", ":"),
     peers.SVI_RUN: ("#56B4E9", "v", ":"),
     peers.RENYI: ("#D55E00", "o", "-"),

@@ -7,6 +7,7 @@ A peer does one of two works in each call: "gradient", a loss and its gradient; 
 """
 
 import time
+from unittest import mock
 
 import pyro
 import torch
@@ -14,6 +15,7 @@ from pyro.infer import SVI, RenyiELBO, Trace_ELBO
 
 import pyro_iwae
 from pyro_iwae import ImportanceWeightedELBO
+from pyro_iwae.capture import Graph
 from support.by_hand import BY_HAND, bound_loss
 from support.problems import make_problem
 
@@ -57,6 +59,15 @@ def elbo(kind, **elbo_options):
         ), problem.module
 
     return make
+
+
+def recorded(problem, options):
+    """compile=True where there is no C++ compiler: the recording runs as it is."""
+    loss = make_elbo(ImportanceWeightedELBO, options["particles"], compile=True)
+    with mock.patch.object(Graph, "compile", lambda self, tensors: None):
+        loss.loss_and_grads(problem.model, problem.guide, *problem.args)
+    problem.module.zero_grad(set_to_none=True)
+    return elbo_step(problem, loss, options["work"]), problem.module
 
 
 def compiled_svi(steps):
@@ -113,6 +124,7 @@ def compiler(options):
 
 
 MANY = 100  # steps in one call, of what runs them in a loop of its own
+RECORDED = "ImportanceWeightedELBO(compile=True), no compiler"
 OURS, COMPILED = "ImportanceWeightedELBO", "ImportanceWeightedELBO(compile=True)"
 SVI_STEP, SVI_RUN = "CompiledSVI.step", "CompiledSVI.run"
 RENYI, TRACE = "RenyiELBO", "Trace_ELBO"
@@ -123,6 +135,7 @@ PEERS = {
     TRACE: elbo(Trace_ELBO),
     OURS: elbo(ImportanceWeightedELBO),
     COMPILED: elbo(ImportanceWeightedELBO, compile=True),
+    RECORDED: recorded,
     SVI_STEP: compiled_svi(1),
     SVI_RUN: compiled_svi(MANY),
     EAGER: by_hand(),
