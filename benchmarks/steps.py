@@ -142,7 +142,7 @@ def all_alone(options, left_out):
     bar = tqdm(cases, desc="fresh processes", disable=options.quiet, leave=False)
     for where in bar:
         for name in names:
-            if name not in left_out and name not in LOOPS:
+            if name not in left_out and name not in (*LOOPS, RECORDED):
                 bar.set_postfix_str(name)
                 rows.append({**where, "peer": name, **in_own_cache(where, name, options)})
         if is_installed(options.device) and not options.smoke:
