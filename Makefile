@@ -25,11 +25,11 @@ demo: $(examples_installed)  ## install what the examples need, then train and j
 	$(python) examples/digits_vae.py
 
 test: lint  ## install everything; lint, tests (shapes checked, doctests included) and documentation
-	OMP_NUM_THREADS=1 MPLBACKEND=Agg $(python) -m pytest -n 2
+	OMP_NUM_THREADS=1 MPLBACKEND=Agg $(python) -m pytest -n 2 --dist worksteal
 	$(MAKE) docs
 
 nightly: $(all_installed)  ## every test, the slow ones too, and more random models
-	OMP_NUM_THREADS=1 MPLBACKEND=Agg HYPOTHESIS_PROFILE=nightly $(python) -m pytest -n 2 -m ""
+	OMP_NUM_THREADS=1 MPLBACKEND=Agg HYPOTHESIS_PROFILE=nightly $(python) -m pytest -n 2 --dist worksteal -m ""
 
 docs: $(all_installed)  ## build the documentation into docs/_build/html and run its examples
 	$(python) -m sphinx -W --keep-going -q -b doctest docs docs/_build/doctest

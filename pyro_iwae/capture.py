@@ -32,6 +32,7 @@ from pyro_iwae.replay import Replay
 __all__ = ["Graph", "capture"]
 
 Run = Callable[..., Sequence[Tensor]]
+LARGE = 4000  # operations, in a graph that takes minutes to compile: a vectorised step has some hundreds
 UNSEEN = Tensor.numpy, Tensor.__array__, Tensor.tolist, Tensor.__dlpack__  # readers that torch does not dispatch
 # Random numbers come from torch's own generator, in the order of the program: seeded runs are those of eager runs.
 OPTIONS = {"fallback_random": True, "reorder_for_peak_memory": False, "reorder_for_locality": False}
@@ -72,6 +73,14 @@ class Graph:
     def compile(self, tensors: Sequence[Tensor]) -> None:
         """Compiles the graph; where that fails (no C++ compiler, say), it warns and leaves the graph as it is."""
         inputs: list[Any] = self._all(tensors)
+        if (size := len(self.module.graph.nodes)) > LARGE:
+            warnings.warn(
+                f"the step is a graph of {size} operations, which takes minutes to compile. Let particles run in one "
+                "pass (model and guide broadcast over a plate on the left of their own) and plates be vectorised, take "
+                "fewer particles, or write compile=False",
+                UserWarning,
+                stacklevel=2,
+            )
         on_cpu = all(t.device.type == "cpu" for t in inputs)
         try:
             self.compiled = self._compiled(inputs, BY_CPP if on_cpu else OPTIONS)

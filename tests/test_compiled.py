@@ -794,6 +794,15 @@ def test_without_a_compiler_the_recording_runs(compiling, monkeypatch):
     assert_next_step_alike(plain, recorded, flat_model, flat_guide, X)
 
 
+def test_a_long_recording_says_how_long_it_will_take(compiling, monkeypatch):
+    monkeypatch.setattr("pyro_iwae.capture.LARGE", 20)
+    monkeypatch.setattr(Graph, "_compiled", lambda self, inputs, options: self.module)
+    plain, recorded = both()
+    with pytest.warns(UserWarning, match=r"a graph of \d+ operations.*minutes to compile.*one pass"):
+        recorded.loss_and_grads(flat_model, flat_guide, X)
+    assert_next_step_alike(plain, recorded, flat_model, flat_guide, X)
+
+
 def test_a_compiler_that_errs_is_not_trusted(compiling, monkeypatch):
     def wrong(module, inputs, options):
         return lambda *tensors: [1.01 * t for t in module(*tensors)]

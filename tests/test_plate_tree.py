@@ -58,7 +58,7 @@ def gradients(loss):
 SCORE = {"mean": VIMCO(), "balanced": OVIS()}
 
 
-FEWER = settings(max_examples=max(1, settings().max_examples // 2))  # loops over particles take their time
+FEWER = settings(max_examples=max(1, settings().max_examples // 6))  # loops over particles take their time
 
 
 @given(tree_programs(), st.sampled_from([None, True, False]), st.sampled_from([1, 2, 2]), st.sampled_from(list(SCORE)))
@@ -79,7 +79,7 @@ def test_combinations_equal_loops_over_combinations(program, vectorize, num_part
 
 
 @given(tree_programs(subsampled=True), st.sampled_from([None, False]))
-@settings(max_examples=max(1, settings().max_examples // 4))
+@FEWER
 def test_minibatches_equal_loops_over_particles(program, vectorize):
     check(program, vectorize, 1, "balanced", combine=False)
 
@@ -491,12 +491,12 @@ def test_what_is_not_derived_raises():
 
 def test_the_mean_over_minibatches_is_the_bound_of_all_rows():
     elbo = ImportanceWeightedELBO(1, plate_particles={"data": 5})
-    whole, part = (values(elbo, *normals(rows), 3000) for rows in (None, 2))
+    whole, part = (values(elbo, *normals(rows), 2000) for rows in (None, 2))
     assert_same_mean(part, whole)
-    whole, part = (gradients_of(elbo, *normals(rows), 1500) for rows in (None, 2))
+    whole, part = (gradients_of(elbo, *normals(rows), 1000) for rows in (None, 2))
     assert_same_mean(part, whole)
     double = ImportanceWeightedELBO(1, plate_particles={"data": 5}, gradient=DoublyReparameterized())
-    assert_same_mean(gradients_of(double, *normals(2), 1500), whole)
+    assert_same_mean(gradients_of(double, *normals(2), 1000), whole)
 
 
 def gradients_of(elbo, model, guide, draws):
