@@ -9,6 +9,8 @@ https://arxiv.org/abs/1704.02916). Importing the package changes nothing in torc
 
 from pyro_iwae.compiled_svi import CompiledSVI
 from pyro_iwae.elbo import ImportanceWeightedELBO
+from pyro_iwae.evaluating import evaluate
+from pyro_iwae.evaluation import Evaluation
 from pyro_iwae.gradient_snr import gradient_snr
 from pyro_iwae.gradients import OVIS, VIMCO, DoublyReparameterized, Pathwise, SampledBackward, StickTheLanding
 from pyro_iwae.guide import ImportanceResampledGuide
@@ -27,6 +29,7 @@ __all__ = [
     "VIMCO",
     "CompiledSVI",
     "DoublyReparameterized",
+    "Evaluation",
     "ImportanceResampledGuide",
     "ImportanceWeightedELBO",
     "LogWeights",
@@ -34,6 +37,7 @@ __all__ = [
     "Renyi",
     "SampledBackward",
     "StickTheLanding",
+    "evaluate",
     "gradient_snr",
     "preflight",
 ]

@@ -12,8 +12,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from pyro_iwae.resampling import multinomial
+from pyro_iwae.totals import LogMean
 
-__all__ = ["drawn_bracket", "elbo_bracket", "log_density"]
+__all__ = ["drawn_bracket", "elbo_bracket", "log_density", "replicate_bracket"]
 
 
 def log_density(
@@ -85,3 +86,44 @@ def drawn_bracket(
     upper = math.log(num_batches / num_particles) - fresh
     lower = math.log((num_batches + 1) / num_particles) - torch.logaddexp(-with_own, fresh)
     return torch.stack([lower, upper])
+
+
+def replicate_bracket(
+    drawn: Float[Tensor, "batches *plates"],
+    with_own: Float[Tensor, "batches *plates"],
+    others: Float[Tensor, "batches *plates"],
+    *,
+    num_particles: int,
+) -> tuple[Float[Tensor, "2 *plates"], Float[Tensor, "2 batches *plates"]]:
+    """The same as :func:`elbo_bracket` from what is kept of each batch, and the bounds without each batch.
+
+    Args:
+        drawn: log weight of the particle that the batch's own weights have drawn; NaN where an element has no such
+            batch.
+        with_own: log-sum-exp of the batch's K weights.
+        others: log-sum-exp of K - 1 of them, the same ones whichever was drawn.
+        num_particles: K.
+
+    Returns:
+        Both bounds, stacked, and both bounds without each batch, NaN where there is none, or fewer than three.
+    """
+    there = ~drawn.isnan()
+    count = there.sum(0)
+    pair = there.unsqueeze(0) & there.unsqueeze(1)
+    pair &= ~torch.eye(len(drawn), dtype=torch.bool, device=drawn.device).reshape(
+        pair.shape[:2] + (1,) * (drawn.dim() - 1)
+    )
+    fresh = -torch.logaddexp(drawn.unsqueeze(0), others.unsqueeze(1))  # (companions' batch, draw, *plates)
+    fresh = torch.where(pair, fresh, -math.inf)
+    totals = LogMean.of(fresh)
+
+    def bracket(inverse: Tensor, batches: Tensor, kept: Tensor) -> Tensor:
+        upper = ((batches - 1.0) / num_particles).log() - inverse
+        lower = (batches / num_particles).log() - torch.logaddexp(-with_own, inverse)
+        both = torch.where(kept, torch.stack([lower, upper]), 0.0)
+        return both.sum(-drawn.dim()) / batches
+
+    whole = bracket(totals.log_sum, count, there)
+    without = totals.log_sum + totals.log_shares(fresh)[1]  # (left out, draw, *plates)
+    reduced = torch.stack([bracket(row, count - 1, keep) for row, keep in zip(without, pair, strict=True)], 1)
+    return whole, torch.where(there & (count > 2), reduced, math.nan)

@@ -1,0 +1,70 @@
+# Copyright Contributors to the pyro_iwae project.
+# SPDX-License-Identifier: Apache-2.0
+
+"""Tensors and plain facts in one file: written whole or not at all, read without running code."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+__all__ = ["read", "write"]
+
+FACTS = "facts"
+
+
+def write(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
+    """Writes an npz file beside the old one and puts it in its place, so that a run that is killed leaves one whole.
+
+    Args:
+        path: of the file.
+        tensors: by name.
+        facts: what JSON can hold.
+    """
+    path = Path(path)
+    arrays: dict[str, Any] = {name: tensor.detach().cpu().numpy() for name, tensor in tensors.items()}
+    arrays[FACTS] = np.frombuffer(json.dumps(facts).encode(), dtype=np.uint8)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".part")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            np.savez(file, **arrays)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise
+
+
+def read(path: str | os.PathLike[str], *, kind: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Reads what :func:`write` wrote; checksums are compared, and nothing in the file is run.
+
+    Args:
+        path: of the file.
+        kind: what ``facts["kind"]`` must be.
+
+    Raises:
+        ValueError: where the file is cut short, altered, or another kind of file.
+    """
+    try:
+        with open(path, "rb") as whole, np.load(whole, allow_pickle=False) as file:
+            arrays = {name: file[name] for name in file.files}
+        facts = json.loads(arrays.pop(FACTS).tobytes())
+        found = facts["kind"]
+    except (zipfile.BadZipFile, EOFError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"expected a whole file written by {kind}.save, got {os.fspath(path)!r}, which is cut short, altered or "
+            f"something else ({type(error).__name__}: {error})"
+        ) from error
+    if found != kind:
+        raise ValueError(f"expected a file written by {kind}.save, got {os.fspath(path)!r}, a file of {found!r}")
+    return {name: torch.from_numpy(array) for name, array in arrays.items()}, facts

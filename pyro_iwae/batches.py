@@ -1,0 +1,185 @@
+# Copyright Contributors to the pyro_iwae project.
+# SPDX-License-Identifier: Apache-2.0
+
+"""Batches of K particles for the same rows of data, and what is worked out of each while its weights are there."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pyro_iwae.chunks import chunks_of
+from pyro_iwae.evidence import bounds, correction, draw_level, level_probability
+from pyro_iwae.given import weigh_at
+from pyro_iwae.handlers import Minibatch
+from pyro_iwae.logweights import LogWeights
+from pyro_iwae.particles import Call
+from pyro_iwae.parts import UNBIASED, UPPER, Drawn
+from pyro_iwae.state import module_behind
+from pyro_iwae.weighing import Particles, weigh_particles
+
+__all__ = ["Source", "fingerprint"]
+
+FINEST = 64  # K over the particles of the multilevel estimate's base: more than K are needed once in 512 batches
+
+
+@dataclass(frozen=True)
+class Source:
+    """Draws batches of particles for the same rows.
+
+    Attributes:
+        call: what to run, on these rows.
+        num_particles: K.
+        chunk_size: how many in memory at once.
+        options: the other options of :func:`~pyro_iwae.weighing.weigh_particles`.
+        minibatch: the indices of subsampled plates, which stay what they are.
+        first: one particle, to look at.
+        exact: the log weight of a draw from the exact posterior, ``(*plates)``, if there is one.
+    """
+
+    call: Call
+    num_particles: int
+    chunk_size: int | None
+    options: Mapping[str, Any]
+    minibatch: Minibatch
+    first: Particles
+    exact: Tensor | None = None
+
+    @classmethod
+    def of(
+        cls,
+        call: Call,
+        num_particles: int,
+        chunk_size: int | None,
+        options: Mapping[str, Any],
+        posterior_draw: Mapping[str, Tensor] | None = None,
+    ) -> Source:
+        """Looks at model and guide.
+
+        Raises:
+            ValueError: where the weights are no evidence.
+        """
+        minibatch = Minibatch()
+        first = weigh_particles(call, num_particles=1, minibatch=minibatch, **options)
+        _require_evidence(first)
+        found = cls(call, num_particles, chunk_size, options, minibatch, first)
+        if posterior_draw is None:
+            return found
+        draws = {n: v.unsqueeze(0) for n, v in posterior_draw.items()}
+        weigh = partial(_weigh_alone, options=options)
+        at, _ = weigh_at(call, draws, weigh, minibatch)
+        return replace(found, exact=at.weights.log_weights.squeeze(0))
+
+    @property
+    def key(self) -> str:
+        """What tells the rows from others."""
+        return fingerprint(self.call.args, self.call.kwargs, self.minibatch.indices)
+
+    @property
+    def parameters(self) -> str:
+        """What tells model and guide, with the parameters that they have, from others."""
+        pair = self.first.pairs[0]
+        traces = pair.guide, pair.model
+        values = {n: t.nodes[n]["value"] for t in traces for n in t.param_nodes}
+        modules = [m for m in map(module_behind, (self.call.model, self.call.guide)) if m is not None]
+        return fingerprint(values, [m.state_dict() for m in modules], [list(t.nodes) for t in traces])
+
+    def draw(self) -> Drawn:
+        """One batch."""
+        weights = self._weigh(self.num_particles)
+        log_weights, common = weights.log_weights, self.first.common
+        constant = float(sum(float(c.sum()) for c in weights.constant.values()))
+        further = {UNBIASED: self._unbiased(log_weights).double()}
+        if self.exact is not None:
+            whole = torch.logaddexp(self.exact, log_weights[1:].logsumexp(0))
+            further[UPPER] = (whole - math.log(self.num_particles)).double()
+        return Drawn(log_weights, weights.plates, constant / (1.0 if common is None else float(common)), further)
+
+    def _weigh(self, count: int) -> LogWeights:
+        options = {"minibatch": self.minibatch, **self.options}
+        chunks = chunks_of(self.call, num_particles=count, chunk_size=self.chunk_size, **options)
+        if chunks is not None:
+            return chunks.values()
+        return weigh_particles(self.call, num_particles=count, **options).weights
+
+    def _unbiased(self, log_weights: Tensor) -> Tensor:
+        """The multilevel estimate; of the batch's own particles, as far as these suffice."""
+        base, level = max(1, len(log_weights) // FINEST), draw_level()
+        halves = self._halves(log_weights, base * 2**level)
+        return bounds(log_weights, [base])[base] + correction(*halves) / level_probability(level)
+
+    def _halves(self, block: Tensor, size: int) -> list[Tensor]:
+        """Log-sum-exps of two sets of so many particles."""
+        sums, missing = [torch.full_like(block[0], -math.inf)] * 2, size
+        while missing:
+            count = min(missing, len(block) // 2)
+            if count:
+                both = block[:count], block[count : 2 * count]
+                sums = [torch.logaddexp(s, b.logsumexp(0)) for s, b in zip(sums, both, strict=True)]
+            missing -= count
+            if missing:
+                block = self._weigh(min(max(2, self.num_particles), 2 * missing)).log_weights
+        return sums
+
+
+def _weigh_alone(call: Call, count: int, *, options: Mapping[str, Any], **further: Any) -> Particles:
+    return weigh_particles(call, num_particles=count, **options, **further)
+
+
+def _require_evidence(first: Particles) -> None:
+    weights = first.weights
+    if weights.tempered:
+        raise ValueError(
+            "evaluate got weights tempered by a poutine.scale around some sites of model or guide; they are no "
+            "evidence. Take the scale away, or put it around model and guide alike"
+        )
+    for node in weights.nodes():
+        if node is not weights and bool(torch.as_tensor(node.scale != 1.0).any()):
+            name = next(p for p in node.plates if p not in weights.plates)
+            raise ValueError(
+                f"evaluate got plate '{name}' subsampled below latents that all its elements share: a part of the data "
+                "has another posterior, and no evidence for the whole. Pass all data"
+            )
+    if first.layout.scale != 1.0 and any(weights.constant):
+        raise NotImplementedError(
+            f"evaluate got terms that no latent reaches in some of the plates {list(weights.plates)} alone, of which "
+            "one is subsampled; pass all data"
+        )
+
+
+def fingerprint(*values: Any) -> str:
+    """A digest of tensors, arrays and plain values, nested as they are; of anything else its type alone."""
+    digest = hashlib.sha256()
+    _digest(values, digest.update)
+    return digest.hexdigest()[:32]
+
+
+def _digest(value: Any, update: Callable[[bytes], None]) -> None:
+    if isinstance(value, Tensor):
+        flat = value.detach().cpu().contiguous().reshape(-1)
+        update(f"{value.dtype}{tuple(value.shape)}".encode())
+        update(flat.view(torch.uint8).numpy().tobytes())
+    elif isinstance(value, np.ndarray):
+        update(f"{value.dtype}{value.shape}".encode())
+        update(value.tobytes())
+    elif isinstance(value, Mapping):
+        update(b"{")
+        for name, inner in value.items():
+            _digest(name, update)
+            _digest(inner, update)
+    elif isinstance(value, Sequence) and not isinstance(value, str):
+        update(f"[{len(value)}".encode())
+        for inner in value:
+            _digest(inner, update)
+    elif value is None or isinstance(value, str | int | float | complex):
+        update(repr(value).encode())
+    else:
+        update(type(value).__qualname__.encode())

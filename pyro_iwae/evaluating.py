@@ -1,0 +1,409 @@
+# Copyright Contributors to the pyro_iwae project.
+# SPDX-License-Identifier: Apache-2.0
+
+"""evaluate(): draws particles for all rows, replicate by replicate, each from a seed of its own, and keeps figures."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import os
+import random
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import torch
+from pyro import poutine
+from pyro.poutine.lift_messenger import LiftMessenger
+from pyro.poutine.messenger import block_messengers
+from torch import Tensor
+from tqdm import tqdm
+
+from pyro_iwae.batches import Source
+from pyro_iwae.evaluation import Evaluation
+from pyro_iwae.options import as_count, require_callables, require_options
+from pyro_iwae.particles import Call
+from pyro_iwae.parts import Part
+from pyro_iwae.state import unchanged_state
+from pyro_iwae.structure import StructureCache
+from pyro_iwae.tree import PlateParticles
+
+__all__ = ["evaluate"]
+
+Program = Callable[..., Any]
+MOST = 20  # times num_replicates, where max_replicates is not given
+REDRAWN_EVERY = 0.5  # seconds, of the figure beside the bar
+
+
+def evaluate(
+    model: Program,
+    guide: Program,
+    *args: Any,
+    num_particles: int = 1000,
+    num_replicates: int = 16,
+    ks: Sequence[int] | None = None,
+    data: Iterable[Any] | None = None,
+    unpack: Callable[[Any], Any] | None = None,
+    row_plate: str | None = None,
+    plate_particles: Mapping[str, int] | str | None = None,
+    chunk_size: int | None = None,
+    target_ess: float | None = None,
+    target_std_error: float | None = None,
+    max_replicates: int | None = None,
+    posterior_draw: Mapping[str, Tensor] | None = None,
+    save_to: str | os.PathLike[str] | None = None,
+    save_every: float = 60.0,
+    vectorize_particles: bool | None = None,
+    max_plate_nesting: float = math.inf,
+    progress: bool = True,
+    **kwargs: Any,
+) -> Evaluation:
+    """Estimates the log evidence of a model, and judges the guide, with error bars; for each independent element.
+
+    Draws ``num_replicates`` times ``num_particles`` particles from the guide and weighs them by the model. All
+    figures come from the same particles: the ELBO, bounds for a ladder of K, the jackknife, an unbiased estimate, the
+    log evidence from all of them together with standard error and interval, a two-sided bound on the ELBO of q_EW,
+    ESS and Pareto's khat. Parameters, buffers and ``grad`` stay as they are; torch's random generator moves on by
+    one draw.
+
+    Args:
+        model: the model.
+        guide: the guide.
+        args: passed to both, after what ``data`` gives.
+        num_particles: K of each replicate.
+        num_replicates: how many independent times, at least 2.
+        ks: for which K the bound is reported, 1 and ``num_particles`` always; by default 1, 2, 5, 10, 20 and so on.
+        data: batches of rows (a ``DataLoader``), one after the other, where they are too many for one call. A batch
+            that is a tuple is passed as positional arguments, a dict as keyword arguments. In the same order each
+            time: ``shuffle=False``.
+        unpack: makes these arguments from a batch, as in ``lambda batch: batch[0].to(device)``.
+        row_plate: the plate that holds the rows of ``data``, where several could.
+        plate_particles: as for :class:`~pyro_iwae.ImportanceWeightedELBO`.
+        chunk_size: at most so many particles in memory at once; beside them only their log weights.
+        target_ess: goes on drawing until each element has such an effective sample size, from all that was drawn.
+            Rows of ``data`` that have it are drawn no more; without ``data`` all are drawn until the last has it.
+        target_std_error: likewise, until each element's log evidence has at most such a standard error, in nats.
+        max_replicates: goes on up to so many; by default 20 times ``num_replicates``. ``short`` tells what is missing.
+        posterior_draw: a draw of all latents from the exact posterior, by name, which simulated data come with; for
+            an upper bound on the log evidence.
+        save_to: a file. What is drawn is saved there every ``save_every`` seconds and at the end; where the file is
+            there already, the run goes on from it, and gives what an unbroken one would have given.
+        save_every: seconds; 0 saves each replicate.
+        vectorize_particles: as for :class:`~pyro_iwae.ImportanceWeightedELBO`.
+        max_plate_nesting: likewise.
+        progress: whether to show a bar.
+        kwargs: passed to model and guide.
+
+    Returns:
+        What was found; ``print`` it.
+
+    Raises:
+        TypeError: where an argument has the wrong type.
+        ValueError: where the weights are no evidence (a ``poutine.scale``, a subsampled plate below shared latents),
+            ``data`` comes as rows of no independent plate, or the file to go on from was made otherwise.
+
+    Example::
+
+        >>> import pyro, pyro.distributions as dist
+        >>> def model():
+        ...     pyro.sample("z", dist.Gamma(2.0, 1.0))
+        >>> def guide():
+        ...     pyro.sample("z", dist.Gamma(1.0, 1.0))
+        >>> _ = pyro.set_rng_seed(0)
+        >>> result = evaluate(model, guide, num_particles=1000, progress=False)
+        >>> abs(result.total.log_evidence) < 0.05  # the evidence is 1
+        True
+    """
+    require_callables(model, guide)
+    require_options(vectorize_particles, max_plate_nesting)
+    num_particles = as_count("num_particles", num_particles)
+    num_replicates = as_count("num_replicates", num_replicates, least=2)
+    most = MOST * num_replicates if max_replicates is None else as_count("max_replicates", max_replicates)
+    if data is not None and posterior_draw is not None:
+        raise ValueError(
+            "expected posterior_draw for data that come as arguments; evaluate batches one by one, and add the results"
+        )
+    wanted = PlateParticles.of(plate_particles, num_particles=num_particles)
+    if wanted is not None and posterior_draw is not None:
+        raise NotImplementedError("posterior_draw does not go with plate_particles yet; leave one of them out")
+    options = {
+        "cache": StructureCache(),
+        "vectorize": vectorize_particles,
+        "max_plate_nesting": max_plate_nesting,
+        "plate_particles": wanted,
+    }
+    facts = {
+        "num_particles": num_particles,
+        "ks": _ladder(ks, num_particles),
+        "plate_particles": None if wanted is None else repr(plate_particles),
+    }
+    seed = int(torch.randint(2**62, ()))  # before random generators are looked after: the next run has another
+    kept = Evaluation((), facts, seed, _targets(target_ess, target_std_error))
+    total = num_replicates * (len(data) if hasattr(data, "__len__") else 1)  # type: ignore[arg-type]
+    with _apart(), unchanged_state(model, guide), tqdm(total=total, disable=not progress, desc="evaluate") as bar:
+        run = _Run(kept, num_replicates, most, save_to, save_every, bar)
+        run.go_on()
+        for position, rows in enumerate(_batches(data, unpack, args, kwargs)):
+
+            def source(rows: _Rows) -> Source:
+                call = Call(model, guide, rows.args, rows.kwargs)
+                return Source.of(call, num_particles, chunk_size, options, posterior_draw)
+
+            run.draw(rows, source, position, row_plate)
+        return run.finished()
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """Arguments of model and guide; ``count`` rows of a data set, if they are."""
+
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+    batch: Any = None
+    count: int | None = None
+    further: tuple[Any, ...] = ()
+    named: Mapping[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, batch: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> _Rows:
+        tensors = _tensors(batch)
+        sizes = {len(t) for t in tensors if t.dim()}
+        if len(sizes) != 1:
+            raise ValueError(
+                "expected each batch of data as a tensor, or a tuple or dict of tensors, rows in front, got a "
+                f"{type(batch).__name__} with sizes {sorted(sizes)} in front; say what to make of it: unpack=lambda "
+                "batch: ..."
+            )
+        if isinstance(batch, Mapping):
+            return cls(args, {**kwargs, **batch}, batch, sizes.pop(), args, kwargs)
+        positional = tuple(batch) if isinstance(batch, tuple | list) else (batch,)
+        return cls(positional + args, kwargs, batch, sizes.pop(), args, kwargs)
+
+    def some(self, index: Tensor) -> _Rows:
+        """These rows alone."""
+        return _Rows.of(_indexed(self.batch, index), self.further, self.named)
+
+
+def _tensors(batch: Any) -> list[Tensor]:
+    values = batch.values() if isinstance(batch, Mapping) else batch if isinstance(batch, tuple | list) else [batch]
+    return [v for v in values if isinstance(v, Tensor)]
+
+
+def _indexed(batch: Any, index: Tensor) -> Any:
+    if isinstance(batch, Tensor):
+        return batch[index.to(batch.device)] if batch.dim() else batch
+    if isinstance(batch, Mapping):
+        return {n: _indexed(v, index) for n, v in batch.items()}
+    if isinstance(batch, tuple | list):
+        return tuple(_indexed(v, index) for v in batch)
+    return batch
+
+
+def _batches(
+    data: Iterable[Any] | None, unpack: Callable[[Any], Any] | None, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> Iterator[_Rows]:
+    if data is None:
+        yield _Rows(args, kwargs)
+        return
+    if isinstance(data, Tensor | str) or not isinstance(data, Iterable):
+        raise TypeError(
+            f"expected data to give batches of rows, got {type(data).__name__}; write "
+            "data=DataLoader(TensorDataset(x), batch_size=256), or pass x as an argument of model and guide"
+        )
+    for batch in data:
+        yield _Rows.of(batch if unpack is None else unpack(batch), args, kwargs)
+
+
+def _ladder(ks: Sequence[int] | None, num_particles: int) -> list[int]:
+    if ks is None:
+        tens = (10**i for i in range(len(str(num_particles))))
+        ks = [d * ten for ten in tens for d in (1, 2, 5) if 2 * d * ten <= num_particles]
+    for k in ks:
+        as_count("ks", k)
+    if max(ks, default=1) > num_particles:
+        raise ValueError(f"expected ks up to num_particles={num_particles}, got {max(ks)}")
+    return sorted({1, *map(int, ks), num_particles})
+
+
+def _targets(ess: float | None, std_error: float | None) -> dict[str, float]:
+    found = {n: float(v) for n, v in (("ess", ess), ("std_error", std_error)) if v is not None}
+    for name, value in found.items():
+        if not value > 0.0:
+            raise ValueError(f"expected target_{name} > 0, got {value}")
+    return found
+
+
+@contextmanager
+def _apart() -> Iterator[None]:
+    """Without a graph, and out of reach of the handlers outside, but for parameters."""
+    hidden = poutine.block(hide_fn=lambda msg: msg["type"] != "param")
+    with torch.no_grad(), block_messengers(lambda m: isinstance(m, LiftMessenger)), hidden:
+        yield
+
+
+def _seeded(*path: Any) -> int:
+    """Sets all random generators to a place that no other path leads to; returns what tells it from others."""
+    seed = int.from_bytes(hashlib.sha256(repr(path).encode()).digest()[:7], "big")
+    torch.manual_seed(seed)
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    return seed
+
+
+class _Run:
+    """A run of evaluate(): what it has, and when to keep it."""
+
+    def __init__(
+        self,
+        kept: Evaluation,
+        num_replicates: int,
+        most: int,
+        path: str | os.PathLike[str] | None,
+        save_every: float,
+        bar: Any,
+    ) -> None:
+        self.kept = kept
+        self.parts: dict[str, Part] = {}
+        self.num_replicates, self.most = num_replicates, most
+        self.path, self.save_every, self.bar = path, save_every, bar
+        self.saved = self.shown = time.monotonic()
+        self.resumed = False
+
+    def go_on(self) -> None:
+        """Takes up what an earlier run has saved."""
+        if self.path is None or not os.path.exists(self.path):
+            return
+        found = Evaluation.load(self.path)
+        differing = [n for n, v in self.kept.facts.items() if found.facts.get(n) != v]
+        if differing:
+            got = "; ".join(f"{n}: {found.facts.get(n)!r}, now {self.kept.facts[n]!r}" for n in differing)
+            raise ValueError(
+                f"expected the file {os.fspath(self.path)!r} to hold a run made like this one, got another ({got}); "
+                "take another file, or the same options"
+            )
+        self.kept = replace(found, targets=self.kept.targets)
+        self.parts = {p.key: p for p in found.parts}
+        self.resumed = True
+
+    def draw(self, rows: _Rows, source_of: Callable[[_Rows], Source], position: int, row_plate: str | None) -> None:
+        """All replicates of some rows."""
+        _seeded(self.kept.seed, position)
+        source = source_of(rows)
+        key = f"{position} {source.key}"
+        self._require_same(source, key, position)
+        dim = None if rows.count is None else _row_dim(source, rows.count, row_plate)
+        part = self.parts.get(key)
+        done = 0 if part is None else len(part.seeds)
+        self.bar.update(min(done, self.num_replicates))
+        while done < self.num_replicates:
+            part = self._with(key, part, self._replicate(source, key, dim, done))
+            done += 1
+        while part is not None and done < self.most:
+            short = part.short(self.kept.targets)
+            if not bool(short.any()):
+                break
+            part = self._with(key, part, self._further(part, short, rows, source, source_of, dim, done))
+            done += 1
+
+    def _replicate(self, source: Source, key: str, dim: int | None, done: int) -> Part:
+        seed = _seeded(self.kept.seed, key, done)
+        return Part.of(key, dim, seed, source.draw(), self.kept.ks)
+
+    def _further(
+        self,
+        part: Part,
+        short: Tensor,
+        rows: _Rows,
+        source: Source,
+        source_of: Callable[[_Rows], Source],
+        dim: int | None,
+        done: int,
+    ) -> Part:
+        """One more replicate, of the rows that have not reached their target alone, where rows are known."""
+        if dim is None:
+            return self._replicate(source, part.key, dim, done)
+        index = short.movedim(dim, 0).reshape(len(short.movedim(dim, 0)), -1).any(1).nonzero().squeeze(1)
+        if len(index) == part.shape[dim]:
+            return self._replicate(source, part.key, dim, done)
+        _seeded(self.kept.seed, part.key, done, "rows")
+        few = self._replicate(source_of(rows.some(index)), part.key, dim, done)
+        if few.plates != part.plates or few.shape[dim] != len(index):
+            raise ValueError(
+                f"expected model and guide to take {len(index)} of {part.shape[dim]} rows of a batch like all of them, "
+                f"got plates {list(few.plates)} of sizes {tuple(few.shape)}; leave target_ess and target_std_error out"
+            )
+        return few.spread(index.to(few.floor.device), part.shape, dim)
+
+    def _with(self, key: str, part: Part | None, more: Part) -> Part:
+        part = more if part is None else part + more
+        self.parts[key] = part
+        self.bar.update()
+        now = time.monotonic()
+        if not self.bar.disable and now - self.shown > REDRAWN_EVERY:
+            self.shown = now
+            mean = float(part.log_evidence().value.mean())
+            self.bar.set_postfix_str(f"log p(x) {mean:.4g} per element", refresh=False)
+        if self.path is not None and now - self.saved >= self.save_every:
+            self._save()
+        return part
+
+    def _save(self) -> None:
+        assert self.path is not None
+        self._result().save(self.path)
+        self.saved = time.monotonic()
+
+    def _result(self) -> Evaluation:
+        return replace(self.kept, parts=tuple(self.parts.values()))
+
+    def finished(self) -> Evaluation:
+        """What there is, kept."""
+        if not self.parts:
+            raise ValueError("expected data to give at least one batch, got none; is an iterator used up?")
+        if self.path is not None:
+            self._save()
+        return self._result()
+
+    def _require_same(self, source: Source, key: str, position: int) -> None:
+        """Raises where what was drawn so far is of another model, guide or data."""
+        facts = {**self.kept.facts, "model_and_guide": source.parameters}
+        if self.kept.facts.get("model_and_guide", facts["model_and_guide"]) != facts["model_and_guide"]:
+            raise ValueError(
+                "expected model and guide with the parameters that the evaluation was begun with, got others; take "
+                "another file for save_to, or load the parameters of that time"
+            )
+        self.kept = replace(self.kept, facts=facts)
+        others = [k for k in self.parts if k.startswith(f"{position} ") and k != key]
+        if others and self.resumed:
+            raise ValueError(
+                f"expected batch {position} of the data to be what it was when the evaluation was begun, got other "
+                "rows; give them in the same order each time (shuffle=False), or take another file for save_to"
+            )
+
+
+def _row_dim(source: Source, count: int, row_plate: str | None) -> int:
+    """Which dimension of the elements holds the rows."""
+    weights = source.first.weights
+    plates, sizes = weights.plates, weights.log_weights.shape[1:]
+    if row_plate is not None:
+        if row_plate not in plates:
+            raise ValueError(
+                f"expected row_plate to be one of the independent plates {list(plates)}, got {row_plate!r}"
+            )
+        plates_of_rows = [plates.index(row_plate)]
+    else:
+        plates_of_rows = [i for i, size in enumerate(sizes) if size == count]
+    if not plates_of_rows or sizes[plates_of_rows[0]] != count:
+        raise ValueError(
+            f"expected the {count} rows of a batch of data to lie in an independent plate, got plates {list(plates)} "
+            f"of sizes {tuple(sizes)}: rows that share latents have no evidence of their own. Pass all as arguments"
+        )
+    if len(plates_of_rows) > 1:
+        raise ValueError(
+            f"expected one independent plate of {count} elements, the rows of a batch, got {list(plates)}; say "
+            f"row_plate={plates[0]!r}, or which"
+        )
+    return plates_of_rows[0]

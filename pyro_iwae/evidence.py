@@ -1,0 +1,168 @@
+# Copyright Contributors to the pyro_iwae project.
+# SPDX-License-Identifier: Apache-2.0
+
+"""Log evidence from the log weights of one batch of particles: bounds for a ladder of K, jackknife, multilevel."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from pyro_iwae.totals import LogMean
+
+__all__ = ["LEVEL_RATE", "bounds", "correction", "draw_level", "jackknife", "level_probability"]
+
+LEVEL_RATE = 2.0**-1.5  # between 1/2, where the cost, and 1/4, where the variance would be infinite
+LARGEST = 8  # weights that the jackknife of order 2 treats one by one
+TERMS = 18  # of a series in (1 / LARGEST)^n, to the rounding of float64
+
+
+def bounds(log_weights: Float[Tensor, "particles *plates"], ks: Sequence[int]) -> dict[int, Float[Tensor, "*plates"]]:
+    """Log-mean-exp of k particles for each k of a ladder, averaged over the blocks of k that there are.
+
+    Each is an unbiased estimate of L_k; all come from the same particles.
+
+    Args:
+        log_weights: in nats, shape ``(particles, *plates)``.
+        ks: from 1 to the number of particles.
+
+    Returns:
+        By k, shape ``(*plates)``.
+
+    Example::
+
+        >>> bounds(torch.tensor([0.0, 1.0]), [1, 2])
+        {1: tensor(0.5000), 2: tensor(0.6201)}
+    """
+    found: dict[int, Tensor] = {}
+    sums = {1: log_weights}  # log-sum-exp of each block, by its size
+    for k in sorted(ks):
+        size = max(s for s in sums if k % s == 0)  # from the largest blocks that fit in, so that work halves
+        blocks = sums[size]
+        count = log_weights.shape[0] // k
+        blocks = blocks[: count * (k // size)].unflatten(0, (count, k // size)).logsumexp(1)
+        sums[k] = blocks
+        found[k] = (blocks - math.log(k)).mean(0)
+    return found
+
+
+def jackknife(log_weights: Float[Tensor, "particles *plates"], order: int) -> Float[Tensor, "*plates"]:
+    """The bound freed of its leading bias, of which O(K^-(order + 1)) is left; no bound any more, it can overshoot.
+
+    sum_{j=0..m} c_j Lbar_{K-j} with c_j = (-1)^j (K-j)^m / ((m-j)! j!) and Lbar_{K-j} the mean over *all* subsets of
+    K - j particles. See "Debiasing Evidence Approximations: On Importance-weighted Autoencoders and Jackknife
+    Variational Inference" (Nowozin 2018, https://openreview.net/forum?id=HyZoi-WRb).
+
+    Args:
+        log_weights: in nats, shape ``(particles, *plates)``, more than ``order`` of them.
+        order: m, 1 or 2.
+
+    Returns:
+        Shape ``(*plates)``. Not finite where only ``order`` particles are possible at all.
+
+    Example::
+
+        >>> jackknife(torch.tensor([0.0, 1.0, 2.0]), order=1)
+        tensor(1.4776)
+    """
+    count = log_weights.shape[0]
+    if order not in (1, 2):
+        raise ValueError(f"expected order 1 or 2, got {order}")
+    if count <= order:
+        raise ValueError(f"expected more than {order} particles for a jackknife of order {order}, got {count}")
+    exact = log_weights.detach().double()
+    totals = LogMean.of(exact)
+    share, others = totals.log_shares(exact)
+    # How far the mean over subsets lies above the bound, to first order -log(K / (K - j)); so it cancels here, not
+    # between terms of the size of the bound itself.
+    without_one = others.mean(0)
+    if order == 1:
+        value = totals.value - (count - 1) * (without_one + math.log(count / (count - 1)))
+    else:
+        without_two = 2.0 * without_one + _pairs(exact, totals, share - others)
+        value = (
+            totals.value
+            - (count - 1) ** 2 * (without_one + math.log(count / (count - 1)))
+            + (count - 2) ** 2 / 2.0 * (without_two + math.log(count / (count - 2)))
+        )
+    return value.to(log_weights)
+
+
+def _pairs(log_weights: Tensor, totals: LogMean, log_odds: Tensor) -> Tensor:
+    """Mean over pairs of log(1 - v_i - v_j) - log(1 - v_i) - log(1 - v_j) = log(1 - u_i u_j), with u = v / (1 - v).
+
+    In O(K): for all but the largest weights the logarithm's series goes by power sums of u.
+    """
+    count = log_weights.shape[0]
+    top = min(LARGEST, count)
+    largest, place = log_weights.topk(top, 0)
+    odds, rest = log_odds.gather(0, place), log_odds.scatter(0, place, -math.inf)
+    total = _among_largest(largest, log_weights.scatter(0, place, -math.inf), totals)
+    if count > top:
+        scale = rest.amax(0)  # u <= 1 / LARGEST for these
+        scale = torch.where(scale == -math.inf, 0.0, scale)
+        relative = (rest - scale).exp()
+        power, sums = torch.ones_like(relative), []
+        for _ in range(TERMS):
+            power = power * relative
+            sums.append(power.sum(0))
+        for n in range(1, TERMS + 1):
+            total = total - ((n * (odds + scale)).exp().sum(0) * sums[n - 1]) / n
+            if 2 * n <= TERMS:
+                total = total - (2 * n * scale).exp() * (sums[n - 1] ** 2 - sums[2 * n - 1]) / (2 * n)
+    return total / (count * (count - 1) / 2)
+
+
+def _among_largest(largest: Tensor, others: Tensor, totals: LogMean) -> Tensor:
+    """The sum over pairs of the largest, each from what is left without the two."""
+    top, rest = len(largest), others.logsumexp(0, keepdim=True)
+    all_parts = torch.cat([largest, rest])
+
+    def left(*gone: int) -> Tensor:
+        kept = [i for i in range(top + 1) if i not in gone]
+        return all_parts[kept].logsumexp(0) - totals.log_sum
+
+    alone = [left(i) for i in range(top)]
+    total = torch.zeros_like(totals.log_sum)
+    for i in range(top):
+        for j in range(i):
+            total = total + left(i, j) - alone[i] - alone[j]
+    return total
+
+
+def level_probability(level: int) -> float:
+    """(1 - r) r^level with r = 2^-1.5.
+
+    Example::
+
+        >>> sum(level_probability(level) for level in range(100))
+        1.0
+    """
+    return (1.0 - LEVEL_RATE) * LEVEL_RATE**level
+
+
+def draw_level() -> int:
+    """A level of the multilevel estimate at random, from torch's generator."""
+    return int(torch.rand(()).log() / math.log(LEVEL_RATE))
+
+
+def correction(first: Float[Tensor, "*plates"], second: Float[Tensor, "*plates"]) -> Float[Tensor, "*plates"]:
+    """Lhat of two sets of n particles together minus the mean of each set's own; its mean is L_2n - L_n.
+
+    With n = n0 2^level, over the level's probability, it makes the bound with n0 particles an unbiased estimate of the
+    log evidence. See "On Multilevel Monte Carlo Unbiased Gradient Estimation for Deep Latent Variable Models" (Shi and
+    Cornish 2021, https://proceedings.mlr.press/v130/shi21d.html).
+
+    Args:
+        first: log-sum-exp of one set of log weights, in nats.
+        second: of the other set, of the same size.
+
+    Returns:
+        Shape ``(*plates)``; 0 where every particle is impossible, inf where all of one set are.
+    """
+    whole = torch.logaddexp(first, second) - math.log(2.0)
+    return torch.where(whole == -math.inf, 0.0, whole - (first + second) / 2.0)
