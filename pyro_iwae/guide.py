@@ -33,6 +33,7 @@ from pyro_iwae.options import as_count, require_callables, require_options
 from pyro_iwae.owning import Owning
 from pyro_iwae.particles import Call
 from pyro_iwae.plates import Layout
+from pyro_iwae.pooled import draw_pooled, require_method
 from pyro_iwae.resampling import multinomial
 from pyro_iwae.selection import Passed, Selection, difference, model_values, select, select_passing
 from pyro_iwae.state import module_behind, unchanged_state
@@ -243,8 +244,8 @@ class ImportanceResampledGuide(Owning):
         with torch.no_grad(), block_messengers(lambda m: isinstance(m, LiftMessenger)), hidden, Minibatch():
             yield
 
-    def sample(self, num_draws: int, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
-        """Independent draws from q_EW, each with K particles of its own.
+    def sample(self, num_draws: int, *args: Any, method: str | None = None, **kwargs: Any) -> dict[str, Tensor]:
+        """Draws from q_EW: independent ones, each with K particles of its own, or many from the same K.
 
         All draws are of one minibatch where a plate is subsampled; say ``pyro.plate(..., subsample=indices)`` to
         know which. The same holds for the methods below.
@@ -252,15 +253,29 @@ class ImportanceResampledGuide(Owning):
         Args:
             num_draws: how many.
             args: passed to model and guide.
+            method: None gives each draw K particles of its own. Others draw all from one batch of K, which costs K
+                particles in all, with K far above ``num_draws``: "multinomial", each by weight; "systematic", likewise
+                with the least noise; "without_replacement", different ones, which together are flatter than the
+                weights; "psis", each by Pareto smoothed weights.
             kwargs: passed to model and guide.
 
         Returns:
             By name of the model's latent (enumerated ones included), ``(num_draws, *site shape)``, without a graph.
+            With a method they are :class:`~pyro_iwae.pooled.Draws`, whose ``num_distinct`` tells how many differ.
 
         Raises:
-            ValueError: where the latents differ from draw to draw.
+            ValueError: where the latents differ from draw to draw, or there is no such method.
+            NotImplementedError: where a method meets ``chunk_size``.
+
+        Warns:
+            UserWarning: with a method, where one particle has more than half of an element's weight.
         """
         num_draws = as_count("num_draws", num_draws)
+        if method is not None:
+            require_method(method, self.chunk_size)
+            call = self._call(args, kwargs)
+            with self._apart():
+                return draw_pooled(call, self._weigh(call), num_draws, method)
         with self._apart():
             structure = self._weigh(self._call(args, kwargs), 1).structure
             if not structure.run.vectorized:

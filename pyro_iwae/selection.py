@@ -192,16 +192,24 @@ def latent_values(particles: Particles) -> tuple[dict[str, Tensor], dict[str, Si
     return values, dict(latent_sites(particles.pairs[0].guide))
 
 
-def model_values(call: Call, particles: Particles) -> tuple[dict[str, Tensor], dict[str, Site]]:
+def model_values(
+    call: Call, particles: Particles, index: Tensor | None = None
+) -> tuple[dict[str, Tensor], dict[str, Site]]:
     """The model's latents with each particle of the root, ``(particles, *site shape)``, and their sites.
 
     What has particles of its own inside is drawn by weight, enumerated sites too.
+
+    Args:
+        call: what was run.
+        particles: K weighed particles.
+        index: which of them, for each element, ``(draws, *plates)``; None is all, in order.
     """
     weights, run = particles.weights, particles.structure.run
-    count = weights.num_particles
-    if run.tree.grows:
-        index = torch.arange(count, device=weights.log_weights.device)
+    if index is None and run.tree.grows:
+        index = torch.arange(weights.num_particles, device=weights.log_weights.device)
         index = index.reshape(-1, *(1,) * len(weights.plates)).expand(weights.log_weights.shape)
+    count = weights.num_particles if index is None else len(index)
+    if index is not None:
         values, sites = _of_model(*_carried(particles, walks(weights, index)))
         run = replace(run, tree=Tree())
     else:
@@ -231,7 +239,8 @@ def difference(log_p: Tensor, bound: Tensor) -> Tensor:
 def _carried(particles: Particles, stands: Sequence[Stand]) -> tuple[dict[str, Tensor], dict[str, Site]]:
     """The guide's latents, ``(walks, *site shape)``, each element from the particle chosen for it."""
     tree = particles.structure.run.tree
-    if not particles.layout.plates and len(particles.pairs) > 1 and not tree.grows:
+    one = len(stands[0].place[0]) == 1
+    if one and not particles.layout.plates and len(particles.pairs) > 1 and not tree.grows:
         ((index,),) = stands[0].place  # sites may differ between particles
         sites = dict(latent_sites(particles.pairs[int(index)].guide))
         return {n: s["value"].unsqueeze(0) for n, s in sites.items()}, sites

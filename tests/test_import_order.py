@@ -35,7 +35,7 @@ ORDER = [
     {"weighing"},
     {"chunks", "compiled", "expectation", "unconstrain", "walking"},
     {"selection"},
-    {"backward", "emission", "given"},
+    {"backward", "emission", "given", "pooled"},
     {"batches", "companions", "elbo", "evaluation", "gradient_snr"},
     {"evaluating"},
     {"compiled_svi", "guide"},
