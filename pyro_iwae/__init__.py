@@ -17,6 +17,7 @@ from pyro_iwae.guide import ImportanceResampledGuide
 from pyro_iwae.logweights import LogWeights
 from pyro_iwae.objectives import CIWAE, MIWAE, PIWAE, TVO, Renyi
 from pyro_iwae.preflight import preflight
+from pyro_iwae.tradeoff import Tradeoff, tradeoff
 
 __version__ = "0.1.0"
 
@@ -37,7 +38,9 @@ __all__ = [
     "Renyi",
     "SampledBackward",
     "StickTheLanding",
+    "Tradeoff",
     "evaluate",
     "gradient_snr",
     "preflight",
+    "tradeoff",
 ]

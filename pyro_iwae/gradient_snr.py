@@ -6,7 +6,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -25,7 +26,7 @@ from pyro_iwae.traces import run_given, run_pair
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-__all__ = ["GradientSNR", "ParameterSNR", "gradient_snr"]
+__all__ = ["GradientSNR", "ParameterSNR", "gradient_snr", "kept_gradients", "parameters_of"]
 
 GROUPS = 10  # of replicates, for the standard errors
 
@@ -165,32 +166,38 @@ def gradient_snr(
         raise TypeError(f"expected elbo to be an ELBO such as ImportanceWeightedELBO(64), got {elbo!r}")
     require_callables(model, guide)
     per_group = -(-as_count("num_replicates", num_replicates, least=2 * GROUPS) // GROUPS)
-    roles, params = _parameters(model, guide, args, kwargs)
+    roles, params = parameters_of(model, guide, args, kwargs)
     if not params:
         raise ValueError("expected a model or guide with parameters (pyro.param, pyro.module, PyroModule), got none")
     measured: Any = elbo
-    before = {name: p.grad for name, p in params.items()}
     groups, whole = [], _Moments(params)
-    try:
-        with tqdm(total=GROUPS * per_group, disable=not progress, desc="gradients") as bar:
-            for _ in range(GROUPS):
-                group = _Moments(params)
-                for _ in range(per_group):
-                    for p in params.values():
-                        p.grad = None
-                    measured.loss_and_grads(model, guide, *args, **kwargs)
-                    group.add(params)
-                    bar.update()
-                groups.append(group)
-                whole.merge(group)
-                bar.set_postfix(guide=f"{whole.snr(_names(roles, 'guide')):.3g}")
-    finally:
-        for name, p in params.items():
-            p.grad = before[name]
+    with kept_gradients(params), tqdm(total=GROUPS * per_group, disable=not progress, desc="gradients") as bar:
+        for _ in range(GROUPS):
+            group = _Moments(params)
+            for _ in range(per_group):
+                for p in params.values():
+                    p.grad = None
+                measured.loss_and_grads(model, guide, *args, **kwargs)
+                group.add(params)
+                bar.update()
+            groups.append(group)
+            whole.merge(group)
+            bar.set_postfix(guide=f"{whole.snr(_names(roles, 'guide')):.3g}")
     return _report(whole, groups, roles)
 
 
-def _parameters(
+@contextmanager
+def kept_gradients(params: Mapping[str, Tensor]) -> Iterator[None]:
+    """Puts the ``grad`` of parameters back."""
+    before = {name: p.grad for name, p in params.items()}
+    try:
+        yield
+    finally:
+        for name, p in params.items():
+            p.grad = before[name]
+
+
+def parameters_of(
     model: Callable[..., Any], guide: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
 ) -> tuple[dict[str, str], dict[str, Tensor]]:
     """Role and unconstrained tensor of each parameter that model or guide asks for, by name.

@@ -40,11 +40,13 @@ def test_distinct_draws_are_those_of_draws():
     assert float(expected_distinct(torch.tensor([0.0, -math.inf]), 9)) == 1.0
 
 
+@pytest.mark.skipif(not hasattr(arviz, "psislw"), reason="ArviZ 1.x has it under another name")
 @pytest.mark.parametrize("scale", [0.1, 1.0, 3.0, 10.0])
 @pytest.mark.parametrize("count", [26, 100, 225, 226, 1000, 20_000])
 def test_khat_and_smoothed_weights_are_those_of_arviz(count, scale):
     log_weights = torch.randn(count, 3, dtype=torch.float64) * scale - 1e3
-    expected, khat = arviz.psislw(log_weights.T.numpy())
+    with np.errstate(over="ignore"):  # in weights of the fit that are then 0
+        expected, khat = arviz.psislw(log_weights.T.numpy())
     smoothed, found = psis(log_weights)
     np.testing.assert_allclose(found.numpy(), khat, rtol=1e-9)
     np.testing.assert_allclose(smoothed.T.numpy(), expected, rtol=1e-9, atol=1e-9)

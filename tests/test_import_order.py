@@ -12,7 +12,7 @@ import pyro_iwae
 
 ROOT = Path(pyro_iwae.__file__).parent
 ORDER = [
-    {"archive", "decisions", "exact", "options", "owning", "piecemeal", "products", "replay", "totals"},
+    {"archive", "cost", "decisions", "exact", "options", "owning", "piecemeal", "products", "replay", "totals"},
     {"capture", "ways"},
     {"cut"},
     {"logweights"},
@@ -38,7 +38,7 @@ ORDER = [
     {"backward", "emission", "given", "pooled"},
     {"batches", "companions", "elbo", "evaluation", "gradient_snr"},
     {"evaluating"},
-    {"compiled_svi", "guide"},
+    {"compiled_svi", "guide", "tradeoff"},
     {"preflight"},
 ]
 LEVEL = {name: level for level, names in enumerate(ORDER) for name in names}
