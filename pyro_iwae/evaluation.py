@@ -24,6 +24,7 @@ from pyro_iwae.parts import DISTINCT, UNBIASED, UPPER, Part, bound_name, jackkni
 __all__ = ["Evaluation", "Total"]
 
 LEAST_ESS = 100.0  # below it a t interval over replicates is not to be relied on
+MANY = 0.1  # of the elements; if so many are doubtful, doubt the others
 KIND = "Evaluation"
 
 
@@ -77,8 +78,9 @@ class Evaluation:
     def interval(self, level: float = 0.95) -> tuple[Tensor, Tensor]:
         """Student's t interval for the log evidence, over replicates; lower and upper end.
 
-        It covers what its level says where the weights are well behaved (``trusted``); where the guide misses a part
-        of the posterior that no particle has found, nothing computed from these particles can tell.
+        Measured, a 95 % interval holds the truth in 93 to 95 % of evaluations where ESS is some 200 at least and
+        ``trusted`` says so, in 90 % at an ESS of 75, in 76 % at 14 (``docs/evaluation``). Where the guide misses a
+        part of the posterior that no particle has found, nothing computed from these particles can tell.
         """
         return self._of("log evidence").interval(level)
 
@@ -160,7 +162,11 @@ class Evaluation:
 
     @property
     def trusted(self) -> Tensor:
-        """Whether khat is below its threshold, and ESS is 100 at least."""
+        """Whether khat is below its threshold, and ESS is 100 at least.
+
+        Both are found from the same particles as the figures: an element whose heavy weights no particle has met looks
+        fine. So do not pick the trusted ones out of many that are doubtful.
+        """
         return (self.khat.cpu() <= self.khat_threshold) & (self.ess.cpu() >= LEAST_ESS)
 
     def worst(self, count: int = 5) -> list[tuple[tuple[int, ...], float, float]]:
@@ -361,6 +367,11 @@ class Evaluation:
             f"{i[0] if len(i) == 1 else i} (khat {k:.2f}, ESS {e:.1f})" for i, k, e in self.worst(min(5, doubtful))
         )
         lines.append(f"  NOT TO BE TRUSTED: {doubtful} of {len(ess)} elements, and so the total; worst are {worst}")
+        if MANY * len(ess) < doubtful < len(ess):
+            lines.append(
+                f"  doubt the other {len(ess) - doubtful}, too: where many elements are doubtful, those look best whose "
+                "heavy weights no particle has found. Draw more for all, or train the guide further"
+            )
         return lines
 
 

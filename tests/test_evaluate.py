@@ -104,9 +104,23 @@ def test_a_far_off_guide_is_not_trusted():
     assert bool((result.ess < 30).all())
     report = str(result)
     assert "NOT TO BE TRUSTED: 3 of 3 elements" in report
+    assert "doubt the other" not in report  # there is none
     alone = evaluate(lambda: far.model(), lambda: far.guide(), num_particles=50, num_replicates=2, progress=False)
     assert "NOT TO BE TRUSTED" in str(alone)
     assert "NOT TO BE TRUSTED" not in str(quick(GAMMA.model, GAMMA.guide, num_particles=1000))
+
+
+def test_among_many_doubtful_elements_none_is_to_be_trusted():
+    """Those that pass are those that missed their heavy weights: the interval holds the truth in few of them."""
+    heavy = Gaussian(data=torch.zeros(400, dtype=torch.float64), offset=2.0)
+    result = evaluate(heavy.model, heavy.guide, num_particles=100, num_replicates=16, progress=False)
+    low, high = result.interval(0.95)
+    covered, trusted = (low < heavy.log_evidence) & (heavy.log_evidence < high), result.trusted
+    assert 0.1 < float(trusted.double().mean()) < 0.4
+    assert float(covered[trusted].double().mean()) < 0.85
+    assert f"doubt the other {int(trusted.sum())}, too" in str(result)
+    fine = Gaussian(data=torch.zeros(400, dtype=torch.float64), offset=0.5)
+    assert "doubt" not in str(evaluate(fine.model, fine.guide, num_particles=100, num_replicates=4, progress=False))
 
 
 def test_seeded_runs_repeat_and_others_differ():
