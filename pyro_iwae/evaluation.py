@@ -369,8 +369,8 @@ class Evaluation:
         lines.append(f"  NOT TO BE TRUSTED: {doubtful} of {len(ess)} elements, and so the total; worst are {worst}")
         if MANY * len(ess) < doubtful < len(ess):
             lines.append(
-                f"  doubt the other {len(ess) - doubtful}, too: where many elements are doubtful, those look best whose "
-                "heavy weights no particle has found. Draw more for all, or train the guide further"
+                f"  doubt the other {len(ess) - doubtful}, too: where many are doubtful, those look best whose heavy "
+                "weights no particle has found. Draw more for all, or train the guide further"
             )
         return lines
 

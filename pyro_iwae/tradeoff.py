@@ -111,8 +111,8 @@ class Tradeoff:
     ) -> Recommendation:
         """The fewest particles from which doubling them gains less than it is worth.
 
-        The gain of a doubling falls about by half with each further one, so that what is left to gain then is about
-        ``worth`` nats per element.
+        The gain of a doubling falls about by half with each further one, so that what is left to gain then is at most
+        about twice ``worth`` nats per element.
 
         Args:
             worth: nats per independent element that a doubling should gain.
