@@ -17,12 +17,14 @@ import torch
 from torch import Tensor
 
 from pyro_iwae.chunks import chunks_of
+from pyro_iwae.drawn import settable
 from pyro_iwae.evidence import bounds, correction, draw_level, level_probability
 from pyro_iwae.given import weigh_at
 from pyro_iwae.handlers import Minibatch
 from pyro_iwae.logweights import LogWeights
 from pyro_iwae.particles import Call
 from pyro_iwae.parts import UNBIASED, UPPER, Drawn
+from pyro_iwae.plates import Site, latent_sites
 from pyro_iwae.state import module_behind
 from pyro_iwae.weighing import Particles, weigh_particles
 
@@ -70,6 +72,7 @@ class Source:
         minibatch = Minibatch()
         first = weigh_particles(call, num_particles=1, minibatch=minibatch, **options)
         _require_evidence(first)
+        _require_density(first, lambda: weigh_particles(call, num_particles=1, minibatch=minibatch, **options))
         found = cls(call, num_particles, chunk_size, options, minibatch, first)
         if posterior_draw is None:
             return found
@@ -153,6 +156,31 @@ def _require_evidence(first: Particles) -> None:
             f"evaluate got terms that no latent reaches in some of the plates {list(weights.plates)} alone, of which "
             "one is subsampled; pass all data"
         )
+
+
+def _require_density(first: Particles, again: Callable[[], Particles]) -> None:
+    """Raises where the guide sets a latent that the model draws from a density to the same point each time."""
+    guide, model = first.pairs[0].guide, first.pairs[0].model
+    fixed = {n: s["value"] for n, s in latent_sites(guide) if not settable(s) and _has_density(model.nodes.get(n))}
+    if not fixed:
+        return
+    others = again().pairs[0].guide.nodes  # where an autoguide bends noise, the values differ
+    points = sorted(n for n, v in fixed.items() if torch.equal(torch.as_tensor(v), torch.as_tensor(others[n]["value"])))
+    if points:
+        hidden = ", ".join(f"'{n}': value" for n in points)
+        raise ValueError(
+            f"evaluate needs a guide that draws from a density, got one that sets {points} to a point (a Delta, as "
+            "AutoDelta does): weights are joint densities at that point then, and no evidence. Take AutoNormal or "
+            "AutoLaplaceApproximation, or evaluate given the point: evaluate(poutine.condition(model, "
+            f"{{{hidden}}}), poutine.block(guide, hide={points}), ...)"
+        )
+
+
+def _has_density(site: Site | None) -> bool:
+    if site is None or not settable(site):
+        return False
+    support = getattr(site["fn"], "support", None)
+    return support is None or not getattr(support, "is_discrete", False)
 
 
 def fingerprint(*values: Any) -> str:

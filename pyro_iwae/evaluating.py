@@ -103,8 +103,9 @@ def evaluate(
 
     Raises:
         TypeError: where an argument has the wrong type.
-        ValueError: where the weights are no evidence (a ``poutine.scale``, a subsampled plate below shared latents),
-            ``data`` comes as rows of no independent plate, or the file to go on from was made otherwise.
+        ValueError: where the weights are no evidence (a ``poutine.scale``, a subsampled plate below shared latents, a
+            guide that is a point estimate), ``data`` comes as rows of no independent plate, or the file to go on from
+            was made otherwise.
 
     Example::
 

@@ -357,6 +357,9 @@ class Evaluation:
         doubtful = int((~self.trusted).sum())
         if not doubtful:
             return [*lines, "  ok: the weights are well behaved; a mode that no particle has found would not show"]
+        if drawn < LEAST_ESS:
+            lines.append(f"  TOO FEW TO TELL: from {drawn} particles no ESS of {LEAST_ESS:g} can come; draw more")
+            return lines
         if len(ess) == 1:
             lines.append(
                 "  NOT TO BE TRUSTED: few particles carry the weight, and the interval does not hold its level; train "

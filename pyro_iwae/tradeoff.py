@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 __all__ = ["Cost", "Recommendation", "Tradeoff", "tradeoff"]
 
 KS = tuple(2**i for i in range(9))  # 1 to 256
+ENOUGH = 1000  # particles, for ESS and khat to say something
 ALIKE = 1.1  # times as long is as long
 
 
@@ -179,7 +180,8 @@ class Tradeoff:
             return ""
         then, longer = further[0], 1e3 * (self.costs[further[0]].seconds - self.costs[k].seconds)
         gain = self._nats(self._gain(k, then))
-        return f"From there to K = {then} it would be {gain} more, for {longer:+.2g} ms a step."
+        price = f"{longer:.2g} ms a step more" if longer > 0.0 else "no more time"
+        return f"From there to K = {then} it would gain {gain} more, for {price}."
 
     def _for_nothing(self, k: int, cheap: Sequence[int]) -> str:
         """Small models cost the same, whatever K."""
@@ -282,7 +284,7 @@ def tradeoff(
     guide: Callable[..., Any],
     *args: Any,
     ks: Sequence[int] = KS,
-    num_replicates: int = 16,
+    num_replicates: int | None = None,
     num_steps: int = 20,
     gradient: PathGradient | None = None,
     score: ScoreGradient | None = None,
@@ -308,7 +310,8 @@ def tradeoff(
         guide: the guide.
         args: passed to both.
         ks: the ladder of particles, two at least; by default the powers of two up to 256.
-        num_replicates: independent repeats of the largest K, for the errors of the bounds.
+        num_replicates: independent repeats of the largest K, for the errors of the bounds; by default 16, or what makes
+            a thousand particles.
         num_steps: how many steps of each K to time, 20 at least.
         gradient: as for :class:`~pyro_iwae.ImportanceWeightedELBO`, as are the following.
         score: likewise.
@@ -358,7 +361,7 @@ def tradeoff(
         guide,
         *args,
         num_particles=ks[-1],
-        num_replicates=num_replicates,
+        num_replicates=max(16, -(-ENOUGH // ks[-1])) if num_replicates is None else num_replicates,
         ks=ks,
         chunk_size=chunks[ks[-1]],
         progress=progress,

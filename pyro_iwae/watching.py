@@ -23,6 +23,7 @@ from torch.distributions import constraints, transform_to
 from torch.utils import _pytree as pytree
 
 from pyro_iwae.plates import Site
+from pyro_iwae.state import FreshParameters
 
 __all__ = [
     "Arguments",
@@ -210,7 +211,7 @@ def require_no_handlers() -> None:
     """Raises where an effect handler is active that the recording was not made under."""
     for handler in _PYRO_STACK:
         listens = isinstance(handler, TraceMessenger) and handler.param_only
-        if not listens and not isinstance(handler, SeedMessenger | BlockMessenger):
+        if not listens and not isinstance(handler, SeedMessenger | BlockMessenger | FreshParameters):
             raise NotImplementedError(
                 f"compile=True runs a recording of the step, which {type(handler).__name__} around it does not reach; "
                 "put the handler around model and guide, as in poutine.scale(model, scale=0.1), or write compile=False"

@@ -16,6 +16,7 @@ import pyro.distributions as dist
 import pytest
 import torch
 from pyro import poutine
+from pyro.infer.autoguide import AutoDelta, AutoNormal
 from torch.utils.data import DataLoader, TensorDataset
 
 from pyro_iwae import Evaluation, evaluate
@@ -108,6 +109,39 @@ def test_a_far_off_guide_is_not_trusted():
     alone = evaluate(lambda: far.model(), lambda: far.guide(), num_particles=50, num_replicates=2, progress=False)
     assert "NOT TO BE TRUSTED" in str(alone)
     assert "NOT TO BE TRUSTED" not in str(quick(GAMMA.model, GAMMA.guide, num_particles=1000))
+
+
+def test_a_point_estimate_is_no_evidence():
+    def model():
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        pyro.sample("s", dist.LogNormal(0.0, 1.0))
+        pyro.sample("c", dist.Bernoulli(0.5))
+        pyro.sample("x", dist.Normal(z, 1.0), obs=torch.tensor(1.0))
+
+    def guide():
+        pyro.sample("z", dist.Delta(pyro.param("z_loc", torch.tensor(0.5))))
+        pyro.sample("s", dist.LogNormal(0.0, 1.0))
+        pyro.sample("c", dist.Delta(torch.tensor(1.0)))
+
+    with pytest.raises(ValueError, match=r"sets \['z'\] to a point .*poutine.condition\(model, \{'z': value\}\)"):
+        quick(model, guide)
+    both = AutoDelta(poutine.block(model, hide=["c"]))
+    with pytest.raises(ValueError, match=r"sets \['s', 'z'\] to a point"):
+        quick(poutine.condition(model, {"c": torch.tensor(1.0)}), both)
+    # as the message says: the evidence given the point
+    given = poutine.condition(model, {"z": torch.tensor(0.5)})
+    found = quick(given, poutine.block(guide, hide=["z"]))
+    at = dist.Normal(0.0, 1.0).log_prob(torch.tensor(0.5)) + dist.Normal(0.5, 1.0).log_prob(torch.tensor(1.0))
+    assert abs(found.total.log_evidence - (float(at) - math.log(2.0))) < 1e-5
+    # an autoguide bends noise with a Delta, which is no point
+    normal = AutoNormal(poutine.block(model, hide=["c"]))
+    quick(poutine.condition(model, {"c": torch.tensor(1.0)}), normal)
+
+
+def test_too_few_particles_to_tell():
+    assert "TOO FEW TO TELL: from 8 particles" in str(
+        quick(GAMMA.model, GAMMA.guide, num_particles=4, num_replicates=2)
+    )
 
 
 def test_among_many_doubtful_elements_none_is_to_be_trusted():

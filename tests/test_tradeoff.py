@@ -158,6 +158,16 @@ def test_nothing_is_left_behind():
     assert found.costs[1].bytes < found.costs[8].bytes
 
 
+def test_compiled_steps():
+    def guide():
+        pyro.sample("z", dist.Gamma(pyro.param("shape", torch.tensor(1.0)), 1.0))
+
+    plain, compiled = (quick(Gamma(shape=1.0).model, guide, ks=[2, 4], compile=c) for c in (False, True))
+    for k in (2, 4):
+        apart = math.hypot(plain.costs[k].snr_error, compiled.costs[k].snr_error)
+        assert abs(plain.costs[k].snr - compiled.costs[k].snr) < 6.0 * apart
+
+
 @pytest.mark.parametrize(
     ("options", "error", "match"),
     [
