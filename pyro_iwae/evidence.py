@@ -14,11 +14,13 @@ from torch import Tensor
 
 from pyro_iwae.totals import LogMean
 
-__all__ = ["LEVEL_RATE", "bounds", "correction", "draw_level", "jackknife", "level_probability"]
+__all__ = ["LEVEL_RATE", "bounds", "correction", "draw_level", "jackknife", "jackknives", "level_probability"]
 
 LEVEL_RATE = 2.0**-1.5  # between 1/2, where the cost, and 1/4, where the variance would be infinite
 LARGEST = 8  # weights that the jackknife of order 2 treats one by one
 TERMS = 18  # of a series in (1 / LARGEST)^n, to the rounding of float64
+LARGE = 256
+TERMS_OF_SMALL = 7  # likewise in (1 / LARGE)^n
 
 
 def bounds(log_weights: Float[Tensor, "particles *plates"], ks: Sequence[int]) -> dict[int, Float[Tensor, "*plates"]]:
@@ -74,53 +76,71 @@ def jackknife(log_weights: Float[Tensor, "particles *plates"], order: int) -> Fl
         raise ValueError(f"expected order 1 or 2, got {order}")
     if count <= order:
         raise ValueError(f"expected more than {order} particles for a jackknife of order {order}, got {count}")
+    return jackknives(log_weights, [order])[order]
+
+
+def jackknives(
+    log_weights: Float[Tensor, "particles *plates"], orders: Sequence[int]
+) -> dict[int, Float[Tensor, "*plates"]]:
+    """:func:`jackknife` of several orders, with the shares of the weights worked out once."""
+    count, found = log_weights.shape[0], {}
     exact = log_weights.detach().double()
     totals = LogMean.of(exact)
     share, others = totals.log_shares(exact)
     # How far the mean over subsets lies above the bound, to first order -log(K / (K - j)); so it cancels here, not
     # between terms of the size of the bound itself.
     without_one = others.mean(0)
-    if order == 1:
-        value = totals.value - (count - 1) * (without_one + math.log(count / (count - 1)))
-    else:
-        without_two = 2.0 * without_one + _pairs(exact, totals, share - others)
-        value = (
+    if 1 in orders:
+        found[1] = totals.value - (count - 1) * (without_one + math.log(count / (count - 1)))
+    if 2 in orders:
+        without_two = 2.0 * without_one + _pairs(exact, totals, share.sub_(others))
+        found[2] = (
             totals.value
             - (count - 1) ** 2 * (without_one + math.log(count / (count - 1)))
             + (count - 2) ** 2 / 2.0 * (without_two + math.log(count / (count - 2)))
         )
-    return value.to(log_weights)
+    return {order: value.to(log_weights) for order, value in found.items()}
 
 
 def _pairs(log_weights: Tensor, totals: LogMean, log_odds: Tensor) -> Tensor:
     """Mean over pairs of log(1 - v_i - v_j) - log(1 - v_i) - log(1 - v_j) = log(1 - u_i u_j), with u = v / (1 - v).
 
-    In O(K): for all but the largest weights the logarithm's series goes by power sums of u.
+    In O(K): for all but the largest weights the logarithm's series goes by power sums of u, the fewer the smaller u.
     """
     count = log_weights.shape[0]
-    top = min(LARGEST, count)
-    largest, place = log_weights.topk(top, 0)
-    odds, rest = log_odds.gather(0, place), log_odds.scatter(0, place, -math.inf)
-    total = _among_largest(largest, log_weights.scatter(0, place, -math.inf), totals)
+    top, large = min(LARGEST, count), min(LARGE, count)
+    largest, place = log_weights.topk(large, 0)
+    odds, small = log_odds.gather(0, place), log_odds.scatter_(0, place, -math.inf)
+    rest = torch.cat([largest[top:], log_weights.scatter(0, place, -math.inf).logsumexp(0, keepdim=True)]).logsumexp(0)
+    total = _among_largest(largest[:top], rest, totals)
     if count > top:
-        scale = rest.amax(0)  # u <= 1 / LARGEST for these
+        alone, middle = odds[:top], odds[top:]
+        scale = torch.cat([middle, small.amax(0, keepdim=True)]).amax(0)  # u <= 1 / LARGEST for these
         scale = torch.where(scale == -math.inf, 0.0, scale)
-        relative = (rest - scale).exp()
-        power, sums = torch.ones_like(relative), []
-        for _ in range(TERMS):
-            power = power * relative
-            sums.append(power.sum(0))
+        sums = _power_sums((middle - scale).exp_(), TERMS)
+        for n, further in enumerate(_power_sums(small.sub_(scale).exp_(), TERMS_OF_SMALL if count > large else 0)):
+            sums[n] = sums[n] + further
         for n in range(1, TERMS + 1):
-            total = total - ((n * (odds + scale)).exp().sum(0) * sums[n - 1]) / n
+            total = total - ((n * (alone + scale)).exp().sum(0) * sums[n - 1]) / n
             if 2 * n <= TERMS:
                 total = total - (2 * n * scale).exp() * (sums[n - 1] ** 2 - sums[2 * n - 1]) / (2 * n)
     return total / (count * (count - 1) / 2)
 
 
-def _among_largest(largest: Tensor, others: Tensor, totals: LogMean) -> Tensor:
+def _power_sums(values: Tensor, most: int) -> list[Tensor]:
+    """Sums over particles of the first powers."""
+    power, sums = values.clone(), []
+    for n in range(most):
+        sums.append(power.sum(0))
+        if n < most - 1:
+            power.mul_(values)
+    return sums
+
+
+def _among_largest(largest: Tensor, rest: Tensor, totals: LogMean) -> Tensor:
     """The sum over pairs of the largest, each from what is left without the two."""
-    top, rest = len(largest), others.logsumexp(0, keepdim=True)
-    all_parts = torch.cat([largest, rest])
+    top = len(largest)
+    all_parts = torch.cat([largest, rest.unsqueeze(0)])
 
     def left(*gone: int) -> Tensor:
         kept = [i for i in range(top + 1) if i not in gone]

@@ -16,7 +16,7 @@ from torch import Tensor
 from pyro_iwae.density import replicate_bracket
 from pyro_iwae.diagnostics import expected_distinct, tail_khat, tail_length
 from pyro_iwae.estimates import Estimate
-from pyro_iwae.evidence import bounds, jackknife
+from pyro_iwae.evidence import bounds, jackknives
 from pyro_iwae.resampling import multinomial
 
 __all__ = ["DISTINCT", "LOG_MEAN", "UNBIASED", "UPPER", "Drawn", "Part", "bound_name", "figures", "jackknife_name"]
@@ -56,9 +56,8 @@ def figures(log_weights: Float[Tensor, "particles *plates"], ks: Sequence[int]) 
     found[DRAWN] = log_weights.gather(0, index.unsqueeze(0)).squeeze(0)
     found[OTHERS] = log_weights[1:].logsumexp(0)
     found[DISTINCT] = expected_distinct(log_weights, count)
-    for order in (1, 2):
-        if count > order:
-            found[jackknife_name(order)] = jackknife(log_weights, order)
+    orders = [m for m in (1, 2) if count > m]
+    found |= {jackknife_name(m): value for m, value in jackknives(log_weights, orders).items()}
     return {name: value.double() for name, value in found.items()}
 
 
