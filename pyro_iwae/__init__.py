@@ -15,6 +15,7 @@ from pyro_iwae.gradient_snr import gradient_snr
 from pyro_iwae.gradients import OVIS, VIMCO, DoublyReparameterized, Pathwise, SampledBackward, StickTheLanding
 from pyro_iwae.guide import ImportanceResampledGuide
 from pyro_iwae.logweights import LogWeights
+from pyro_iwae.monitor import Monitor
 from pyro_iwae.objectives import CIWAE, MIWAE, PIWAE, TVO, Renyi
 from pyro_iwae.preflight import preflight
 from pyro_iwae.tradeoff import Tradeoff, tradeoff
@@ -34,6 +35,7 @@ __all__ = [
     "ImportanceResampledGuide",
     "ImportanceWeightedELBO",
     "LogWeights",
+    "Monitor",
     "Pathwise",
     "Renyi",
     "SampledBackward",

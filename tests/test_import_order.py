@@ -38,7 +38,7 @@ ORDER = [
     {"backward", "emission", "given", "pooled"},
     {"batches", "companions", "elbo", "evaluation", "gradient_snr"},
     {"evaluating"},
-    {"compiled_svi", "guide", "tradeoff"},
+    {"compiled_svi", "guide", "monitor", "tradeoff"},
     {"preflight"},
 ]
 LEVEL = {name: level for level, names in enumerate(ORDER) for name in names}
