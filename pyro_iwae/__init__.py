@@ -14,6 +14,7 @@ from pyro_iwae.evaluation import Evaluation
 from pyro_iwae.gradient_snr import gradient_snr
 from pyro_iwae.gradients import OVIS, VIMCO, DoublyReparameterized, Pathwise, SampledBackward, StickTheLanding
 from pyro_iwae.guide import ImportanceResampledGuide
+from pyro_iwae.inference_data import to_inference_data
 from pyro_iwae.logweights import LogWeights
 from pyro_iwae.monitor import Monitor
 from pyro_iwae.objectives import CIWAE, MIWAE, PIWAE, TVO, Renyi
@@ -44,5 +45,6 @@ __all__ = [
     "evaluate",
     "gradient_snr",
     "preflight",
+    "to_inference_data",
     "tradeoff",
 ]
