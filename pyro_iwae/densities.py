@@ -7,21 +7,65 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
+from pyro import distributions as dist
+from pyro.poutine.broadcast_messenger import BroadcastMessenger
 from torch import Tensor
 
 from pyro_iwae.plates import Site
 
-__all__ = ["infinity_message", "log_prob_of", "nan_message", "score_parts_of", "varies_along"]
+__all__ = ["infinity_message", "log_prob_of", "nan_message", "score_parts_of", "spread", "varies_along"]
+
+# Their densities take values with more dimensions in front, and work something out of the parameters alone.
+BROADCASTING = frozenset(
+    {
+        dist.Beta,
+        dist.Cauchy,
+        dist.Dirichlet,
+        dist.Exponential,
+        dist.Gamma,
+        dist.Laplace,
+        dist.MultivariateNormal,
+        dist.Normal,
+        dist.StudentT,
+    }
+)
+NARROW = "_pyro_iwae_narrow"  # an expanded distribution's attribute: what it was before
 
 
 MISSING_VALUES = "For missing values put any valid number in their place, and mask that with poutine.mask"
+
+
+def spread(msg: Site) -> None:
+    """Gives a site's distribution the dimensions of its plates, and remembers what it was without them.
+
+    The logarithm of a scale, say, is the same for all particles: a density is worked out of the distribution as it
+    was before it got their dimension, wherever that is known to give the same.
+    """
+    before = msg["fn"]
+    BroadcastMessenger._pyro_sample(msg)
+    base = before.base_dist if type(before) is dist.Independent else before
+    if msg["fn"] is not before and type(base) in BROADCASTING:
+        setattr(msg["fn"], NARROW, _narrow(before))
+
+
+def _narrow(fn: Any) -> Any:
+    return getattr(fn, NARROW, fn)
+
+
+def _wide(log_prob: Tensor, fn: Any) -> Tensor:
+    """With the dimensions that the distribution has now, which are not filled."""
+    if not hasattr(fn, NARROW):
+        return log_prob
+    return log_prob.expand(torch.broadcast_shapes(log_prob.shape, fn.batch_shape))
 
 
 def log_prob_of(site: Site) -> Tensor:
     """Unscaled, unmasked log density at the site; an error names the site."""
     if "unscaled_log_prob" not in site:
         try:
-            site["unscaled_log_prob"] = site["fn"].log_prob(site["value"], *site["args"], **site["kwargs"])
+            log_prob = _narrow(site["fn"]).log_prob(site["value"], *site["args"], **site["kwargs"])
+            site["unscaled_log_prob"] = _wide(log_prob, site["fn"])
         except ValueError as error:
             raise ValueError(no_density_message(site, error)) from error
     return site["unscaled_log_prob"]
@@ -54,7 +98,8 @@ def score_parts_of(site: Site) -> Any:
     """Pyro's ScoreParts of a guide site, unscaled; an error names the site."""
     if "unscaled_score_parts" not in site:
         try:
-            parts = site["fn"].score_parts(site["value"], *site["args"], **site["kwargs"])
+            parts = _narrow(site["fn"]).score_parts(site["value"], *site["args"], **site["kwargs"])
+            parts = type(parts)(*(_wide(p, site["fn"]) if isinstance(p, Tensor) else p for p in parts))
         except ValueError as error:
             raise ValueError(no_density_message(site, error)) from error
         site["unscaled_score_parts"], site["unscaled_log_prob"] = parts, parts.log_prob

@@ -46,7 +46,8 @@ def bounds(log_weights: Float[Tensor, "particles *plates"], ks: Sequence[int]) -
         size = max(s for s in sums if k % s == 0)  # from the largest blocks that fit in, so that work halves
         blocks = sums[size]
         count = log_weights.shape[0] // k
-        blocks = blocks[: count * (k // size)].unflatten(0, (count, k // size)).logsumexp(1)
+        if k > size:
+            blocks = blocks[: count * (k // size)].unflatten(0, (count, k // size)).logsumexp(1)
         sums[k] = blocks
         found[k] = (blocks - math.log(k)).mean(0)
     return found
@@ -139,19 +140,18 @@ def _power_sums(values: Tensor, most: int) -> list[Tensor]:
 
 def _among_largest(largest: Tensor, rest: Tensor, totals: LogMean) -> Tensor:
     """The sum over pairs of the largest, each from what is left without the two."""
-    top = len(largest)
-    all_parts = torch.cat([largest, rest.unsqueeze(0)])
+    parts = torch.cat([largest, rest.unsqueeze(0)])
+    pairs = torch.combinations(torch.arange(len(largest), device=rest.device))
 
-    def left(*gone: int) -> Tensor:
-        kept = [i for i in range(top + 1) if i not in gone]
-        return all_parts[kept].logsumexp(0) - totals.log_sum
+    def left(gone: Tensor) -> Tensor:
+        """Share of all but the ones in each row."""
+        without = parts.expand(len(gone), *parts.shape).scatter(
+            1, gone.reshape(*gone.shape, *(1,) * rest.dim()).expand(*gone.shape, *rest.shape), -math.inf
+        )
+        return without.logsumexp(1) - totals.log_sum
 
-    alone = [left(i) for i in range(top)]
-    total = torch.zeros_like(totals.log_sum)
-    for i in range(top):
-        for j in range(i):
-            total = total + left(i, j) - alone[i] - alone[j]
-    return total
+    alone = left(torch.arange(len(largest), device=rest.device).unsqueeze(1))
+    return (left(pairs) - alone[pairs].sum(1)).sum(0)
 
 
 def level_probability(level: int) -> float:

@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from pyro.poutine.broadcast_messenger import BroadcastMessenger
 from pyro.poutine.indep_messenger import CondIndepStackFrame, IndepMessenger
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.runtime import apply_stack
@@ -16,6 +15,7 @@ from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
 from pyro_iwae.decisions import is_recording, unrecorded
+from pyro_iwae.densities import spread
 from pyro_iwae.plates import PARTICLES, Site, plate_scale
 
 __all__ = ["ENCLOSING", "EnclosingPlates", "Minibatch", "ParticlePlate", "enclosing_frames", "particle_plates"]
@@ -60,7 +60,7 @@ class EnclosingPlates(Messenger):
             msg["cond_indep_stack"] = self.frames + msg["cond_indep_stack"]
             for frame in self.frames:
                 msg["scale"] = msg["scale"] * plate_scale(frame)
-            BroadcastMessenger._pyro_sample(msg)
+            spread(msg)
 
 
 class ParticlePlate(IndepMessenger):
@@ -92,7 +92,7 @@ class ParticlePlate(IndepMessenger):
         if not site_is_subsample(msg) and (msg["type"] != "sample" or self.holds(msg)):
             super()._process_message(msg)
             if self.spreads and not _is_spread(msg):
-                BroadcastMessenger._pyro_sample(msg)
+                spread(msg)
 
 
 def _is_spread(msg: Site) -> bool:

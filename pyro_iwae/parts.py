@@ -17,7 +17,7 @@ from pyro_iwae.density import replicate_bracket
 from pyro_iwae.diagnostics import expected_distinct, tail_khat, tail_length
 from pyro_iwae.estimates import Estimate
 from pyro_iwae.evidence import bounds, jackknives
-from pyro_iwae.resampling import multinomial
+from pyro_iwae.resampling import several
 
 __all__ = ["DISTINCT", "LOG_MEAN", "UNBIASED", "UPPER", "Drawn", "Part", "bound_name", "figures", "jackknife_name"]
 
@@ -29,6 +29,8 @@ OTHERS = "others"  # log-sum-exp of all particles but one
 DISTINCT = "distinct"
 UPPER = "upper"
 UNBIASED = "unbiased"
+
+TOGETHER = 2**19  # weights that figures are found of at once: they stay in a processor's cache, and take little memory
 
 
 def bound_name(k: int) -> str:
@@ -48,17 +50,23 @@ def figures(log_weights: Float[Tensor, "particles *plates"], ks: Sequence[int]) 
         log_weights: in nats.
         ks: the ladder, up to K.
     """
+    count, shape = log_weights.shape[0], log_weights.shape[1:]
+    columns = log_weights.reshape(count, -1).split(max(1, TOGETHER // count), 1)
+    found = [_figures(some.contiguous(), ks) for some in columns]
+    return {name: torch.cat([f[name] for f in found]).reshape(shape).double() for name in found[0]}
+
+
+def _figures(log_weights: Tensor, ks: Sequence[int]) -> dict[str, Tensor]:
     count = log_weights.shape[0]
-    index = multinomial(log_weights)
     found = {bound_name(k): value for k, value in bounds(log_weights, ks).items()}
     found[LOG_MEAN] = log_weights.logsumexp(0) - math.log(count)
     found[LOG_SQUARE] = (2.0 * log_weights).logsumexp(0) - math.log(count)
-    found[DRAWN] = log_weights.gather(0, index.unsqueeze(0)).squeeze(0)
+    found[DRAWN] = log_weights.gather(0, several(log_weights, 1)).squeeze(0)
     found[OTHERS] = log_weights[1:].logsumexp(0)
     found[DISTINCT] = expected_distinct(log_weights, count)
     orders = [m for m in (1, 2) if count > m]
     found |= {jackknife_name(m): value for m, value in jackknives(log_weights, orders).items()}
-    return {name: value.double() for name, value in found.items()}
+    return found
 
 
 @dataclass(frozen=True, eq=False)
