@@ -10,6 +10,7 @@ score-function estimators on small models. Writes ``gradients.json``, ``gradient
 ``benchmarks/results``.
 """
 
+import functools
 import math
 import os
 import subprocess
@@ -91,6 +92,7 @@ def print_peak(name, particles, smoke):
     print(high_water() - before)
 
 
+@functools.cache
 def peak(name, particles, smoke):
     command = [sys.executable, __file__, "--peak", name, str(particles), *(["--smoke"] if smoke else [])]
     # What is freed goes back at once, so that the peak is what a step needs and not what glibc keeps at hand.
@@ -112,7 +114,7 @@ def costs(options):
                     "K": particles,
                     "seconds": spread(taken[name]),
                     "of pathwise": spread(taken[name])["median"] / full,
-                    "peak bytes": peak(name, particles, options.smoke),
+                    "peak bytes": peak("Pathwise" if options.smoke else name, particles, options.smoke),
                 }
             )
     return rows
