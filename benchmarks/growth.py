@@ -24,7 +24,7 @@ from support.figures import style
 from support.fresh import in_fresh_process
 from support.markdown import duration, markdown, three
 from support.memory import extra_memory
-from support.peers import COMPILED, OURS, RENYI, LeftOut, elbo_step, make_elbo, timed
+from support.peers import COMPILED, OURS, RENYI, LeftOut, elbo_step, make_elbo, no_compiler, timed
 from support.problems import Problem
 from support.turns import compare, in_turns, require_agreement
 from torch import nn
@@ -105,8 +105,6 @@ def measure(axis, size, options, left_out):
     peers = []
     for name in ELBOS:
         if name == TREE and size["K"] ** 2 * size["N"] > MOST_NUMBERS:  # each row has K particles in each of the K
-            continue
-        if name == COMPILED and options.smoke:  # takes long; its losses are compared all the same
             continue
         if name not in left_out:
             peers.append(Growing(name, size, options.device))
@@ -224,6 +222,7 @@ def main():
         print(json.dumps(alone(options.alone, options)))
         return
     if options.smoke:
+        no_compiler().start()  # which takes long, and has tests of its own
         OTHERS["plates"]["N"] = 4
         options.particles, options.rows, options.plates, options.repeats = [2, 4], [2, 4], [1, 2], 2
         options.quiet = True

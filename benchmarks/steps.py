@@ -29,7 +29,20 @@ from support.fresh import in_fresh_process
 from support.markdown import duration, markdown, three
 from support.memory import extra_memory
 from support.numpyro_peers import SCAN, STEPS, UPDATE, NumPyroPeer, Server, is_installed, numpyro_alone
-from support.peers import BY_COMPILER, COMPILED, EAGER, OURS, PEERS, RECORDED, SVI_RUN, SVI_STEP, TRACE, LeftOut, Peer
+from support.peers import (
+    BY_COMPILER,
+    COMPILED,
+    EAGER,
+    OURS,
+    PEERS,
+    RECORDED,
+    SVI_RUN,
+    SVI_STEP,
+    TRACE,
+    LeftOut,
+    Peer,
+    no_compiler,
+)
 from support.problems import SMALL, Sizes, make_problem
 from support.turns import compare, in_turns, require_agreement
 from tqdm import tqdm
@@ -270,6 +283,7 @@ def main():
         print(json.dumps(alone(options.alone, options)))
         return
     if options.smoke:
+        no_compiler().start()  # which takes long, and has tests of its own
         options.repeats, options.seconds, options.quiet = 2, 1.0, True
     left_out, rows, seen = {}, [], set()
     with contextlib.ExitStack() as stack:

@@ -17,7 +17,7 @@ from pyro.infer.autoguide import AutoNormal
 from pyro_iwae import ImportanceResampledGuide
 from pyro_iwae.resampling import streaming
 from tests.noise import SameParticles
-from tests.statistics import assert_mean, assert_same_mean
+from tests.statistics import assert_mean, assert_same_mean, nightly
 
 pytestmark = pytest.mark.usefixtures("double")
 
@@ -247,7 +247,7 @@ def test_expectation_by_chunks_of_one():
 @pytest.mark.parametrize("pair", ["local", "joint", "sequential", "tree"])
 def test_the_interval(pair):
     """Within six standard errors, which chance exceeds once in 10^8."""
-    replicates = 30 if pair == "sequential" else 200
+    replicates = 30 if pair == "sequential" else nightly(200)
     whole, chunked = (p.elbo_interval(num_batches=4, num_replicates=replicates) for p in both(pair))
     for name in ("lower", "upper"):
         one, other = getattr(whole, name), getattr(chunked, name)

@@ -12,7 +12,7 @@ from scipy import stats
 from pyro_iwae.density import replicate_bracket
 from pyro_iwae.estimates import Estimate, student_quantile
 from pyro_iwae.exact import Gamma
-from tests.statistics import assert_mean
+from tests.statistics import assert_mean, nightly
 
 
 def test_students_quantiles_are_those_of_scipy():
@@ -116,7 +116,7 @@ def test_the_bracket_on_gamma_has_its_known_values(batches, lower, upper):
     """B_{5, M} and the upper bound, around ELBO[q_EW] = -0.0326."""
     gamma, found = Gamma(shape=1.0), []
     assert math.isclose(float(gamma.bound(5)), -0.10332, abs_tol=1e-5)
-    for _ in range(4000 // batches):
+    for _ in range(nightly(4000 // batches)):
         weights = torch.distributions.Gamma(torch.tensor(1.0).double(), 1.0).sample((batches + 1, 5, 16)).log()
         index = (weights - torch.empty_like(weights).exponential_().log()).argmax(1, keepdim=True)
         drawn = weights.gather(1, index).squeeze(1)

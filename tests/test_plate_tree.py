@@ -36,7 +36,7 @@ from pyro_iwae import (
     SampledBackward,
     StickTheLanding,
 )
-from tests.statistics import assert_mean, assert_same_mean
+from tests.statistics import assert_mean, assert_same_mean, nightly
 from tests.trees import Reference, tree_programs
 
 pytestmark = [
@@ -58,7 +58,7 @@ def gradients(loss):
 SCORE = {"mean": VIMCO(), "balanced": OVIS()}
 
 
-FEWER = settings(max_examples=max(1, settings().max_examples // 6))  # loops over particles take their time
+FEWER = settings(max_examples=max(1, settings().max_examples // 10))  # loops over particles take their time
 
 
 @given(tree_programs(), st.sampled_from([None, True, False]), st.sampled_from([1, 2, 2]), st.sampled_from(list(SCORE)))
@@ -290,7 +290,7 @@ def test_combinations_cost_no_more_than_the_largest_factor():
 
 # Gradients through the tree: replicates in an independent plate, with parameters of their own
 
-REPLICATES = 20_000
+REPLICATES = nightly(20_000)
 
 
 def replicated(model_of, guide_of, names):
@@ -491,12 +491,12 @@ def test_what_is_not_derived_raises():
 
 def test_the_mean_over_minibatches_is_the_bound_of_all_rows():
     elbo = ImportanceWeightedELBO(1, plate_particles={"data": 5})
-    whole, part = (values(elbo, *normals(rows), 2000) for rows in (None, 2))
+    whole, part = (values(elbo, *normals(rows), nightly(2000)) for rows in (None, 2))
     assert_same_mean(part, whole)
-    whole, part = (gradients_of(elbo, *normals(rows), 1000) for rows in (None, 2))
+    whole, part = (gradients_of(elbo, *normals(rows), nightly(1000)) for rows in (None, 2))
     assert_same_mean(part, whole)
     double = ImportanceWeightedELBO(1, plate_particles={"data": 5}, gradient=DoublyReparameterized())
-    assert_same_mean(gradients_of(double, *normals(2), 1000), whole)
+    assert_same_mean(gradients_of(double, *normals(2), nightly(1000)), whole)
 
 
 def gradients_of(elbo, model, guide, draws):
@@ -554,7 +554,9 @@ def test_nested_minibatches(shown):
     outer, inner = shown
     counts = {"rows": 1 if inner else 4, "columns": 5}
     elbo = ImportanceWeightedELBO(1, plate_particles=counts)
-    assert_same_mean(values(elbo, *nested_rows(outer, inner), 2500), values(elbo, *nested_rows(), 2500))
+    assert_same_mean(
+        values(elbo, *nested_rows(outer, inner), nightly(2500)), values(elbo, *nested_rows(), nightly(2500))
+    )
 
 
 def test_particles_around_a_minibatch_raise():
@@ -892,7 +894,7 @@ def test_a_guide_that_draws_outside_the_plate_raises():
 
 
 @given(tree_programs(), st.sampled_from([None, False]), st.sampled_from([1, 2]))
-@settings(max_examples=settings().max_examples // 4)
+@settings(max_examples=settings().max_examples // 10)
 def test_trace_elbo_of_the_posterior_is_the_bound(program, vectorize, num_particles):
     """On the same draws: value and gradient."""
     note(program)
@@ -920,7 +922,7 @@ def test_draws_are_those_of_the_posterior():
     """Many particles: global and local moments are exact, and every row has a particle of its own."""
     model, guide = normals()
     posterior = ImportanceResampledGuide(model, guide, 60, plate_particles={"data": 60})
-    draws = posterior.sample(2000)
+    draws = posterior.sample(nightly(2000))
     variance = 1 / (1 + N / 2)
     mean = variance * DATA.sum() / 2
     assert_mean(draws["mu"], mean)
@@ -1030,7 +1032,7 @@ def test_log_density_is_that_of_the_draws(vectorize):
     posterior = ImportanceResampledGuide(*small_coins(), 2, plate_particles={"data": 3}, vectorize_particles=vectorize)
     exact = density_by_enumeration(2, 3)
     assert exact.sum().item() == pytest.approx(1.0)
-    batches, repeats, count = (8, 120, 4000) if vectorize is None else (2, 100, 300)
+    batches, repeats, count = (8, 100, nightly(4000)) if vectorize is None else (1, 100, 300)
     density = [posterior.log_density(VALUES, num_batches=batches).exp() for _ in range(repeats)]
     assert_mean(torch.stack(density), exact)
     draws = posterior.sample(count)
@@ -1045,7 +1047,7 @@ def test_the_interval_holds_the_elbo_of_the_posterior():
     rows = [poutine.condition(model, {"g": row[0], "c": row[1:]}) for row in EVERY]
     log_p = torch.stack([poutine.trace(row).get_trace().log_prob_sum() for row in rows])
     exact = (log_q.exp() * (log_p - log_q)).sum().item()
-    interval = posterior.elbo_interval(num_batches=20, num_replicates=60)
+    interval = posterior.elbo_interval(num_batches=20, num_replicates=30)
     assert interval.lower - 5 * interval.lower_error < exact < interval.upper + 5 * interval.upper_error
     assert interval.upper - interval.lower < 0.05
     bound = values(ImportanceWeightedELBO(2, plate_particles={"data": 2}), model, guide, 3000)
@@ -1068,7 +1070,7 @@ def test_a_posterior_whose_plates_have_no_particles_after_all(joint):
             posterior()
             pyro.set_rng_seed(1)
             draws = posterior.sample(3)
-            density = [posterior.log_density(draws, num_batches=20).exp() for _ in range(100)]
+            density = [posterior.log_density(draws, num_batches=5).exp() for _ in range(100)]
             interval = posterior.elbo_interval(num_batches=4, num_replicates=4)
             handled = poutine.condition(posterior, {n: v[0] for n, v in draws.items()})
             poutine.trace(handled).get_trace()
@@ -1084,6 +1086,6 @@ def test_a_replayed_posterior_keeps_its_books(row):
     """log q~ at values that a handler sets has companions of its own, whatever the posterior has drawn."""
     posterior = ImportanceResampledGuide(*small_coins(), 2, plate_particles={"data": 3})
     handled = poutine.condition(posterior, {n: v[row] for n, v in VALUES.items()})
-    found = [poutine.trace(handled).get_trace().nodes["_importance_density_g"] for _ in range(400)]
+    found = [poutine.trace(handled).get_trace().nodes["_importance_density_g"] for _ in range(nightly(400))]
     density = torch.stack([site["fn"].log_factor.exp() for site in found])
     assert_mean(density, density_by_enumeration(2, 3)[row])

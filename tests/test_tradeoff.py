@@ -30,7 +30,7 @@ def quick(model, guide, *args, **options):
 @pytest.fixture(scope="module")
 def gamma():
     pyro.set_rng_seed(0)
-    return quick(GAMMA.model, GAMMA.guide, num_replicates=2000)
+    return quick(GAMMA.model, GAMMA.guide, num_replicates=1000)
 
 
 def costing(found, **seconds):
@@ -40,7 +40,7 @@ def costing(found, **seconds):
 
 
 def test_bounds_and_gains_are_known(gamma):
-    wide = limit(2000, 5)
+    wide = limit(1000, 5)
     for k, bound in gamma.bounds.items():
         assert abs(float(bound.value) - float(GAMMA.bound(k))) < wide * float(bound.std_error)
     assert list(gamma.gains) == [2, 8]

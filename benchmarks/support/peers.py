@@ -61,10 +61,15 @@ def elbo(kind, **elbo_options):
     return make
 
 
+def no_compiler():
+    """As where there is no C++ compiler: recordings run as they are."""
+    return mock.patch.object(Graph, "compile", lambda self, tensors: None)
+
+
 def recorded(problem, options):
-    """compile=True where there is no C++ compiler: the recording runs as it is."""
+    """compile=True where there is no C++ compiler."""
     loss = make_elbo(ImportanceWeightedELBO, options["particles"], compile=True)
-    with mock.patch.object(Graph, "compile", lambda self, tensors: None):
+    with no_compiler():
         loss.loss_and_grads(problem.model, problem.guide, *problem.args)
     problem.module.zero_grad(set_to_none=True)
     return elbo_step(problem, loss, options["work"]), problem.module
