@@ -7,6 +7,7 @@ import math
 import os
 
 import torch
+from scipy.stats import binomtest
 from scipy.stats import t as student
 
 FALSE_ALARM = 1e-6  # probability that one such assertion fails by chance, whatever the seed
@@ -52,6 +53,17 @@ def assert_same_mean(draws, others):
     bound = limit(fewest, error.numel()) * std_error + 1e-6 * (1.0 + others.mean(0).abs())
     worst = (error.abs() / bound).max().item()
     assert worst < 1.0, f"{worst:.2f} times the limit: got {draws.mean(0)} and {others.mean(0)}, error {std_error}"
+
+
+def assert_frequencies(counts, probabilities):
+    """Counts of independent draws are those of these probabilities, also where they are few.
+
+    Fails by chance with probability FALSE_ALARM.
+    """
+    total = int(counts.sum())
+    for count, probability in zip(counts.tolist(), probabilities.tolist(), strict=True):
+        chance = binomtest(count, total, probability).pvalue
+        assert chance > FALSE_ALARM / len(counts), f"{count} of {total} where {total * probability:.1f} are expected"
 
 
 def assert_mean_below(draws, ceiling):
