@@ -55,7 +55,7 @@ def _narrow(fn: Any) -> Any:
 
 def _wide(log_prob: Tensor, fn: Any) -> Tensor:
     """With the dimensions that the distribution has now, which are not filled."""
-    if not hasattr(fn, NARROW):
+    if log_prob.shape == getattr(fn, "batch_shape", None) or not hasattr(fn, NARROW):
         return log_prob
     return log_prob.expand(torch.broadcast_shapes(log_prob.shape, fn.batch_shape))
 
