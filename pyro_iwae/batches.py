@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -23,12 +24,12 @@ from pyro_iwae.given import weigh_at
 from pyro_iwae.handlers import Minibatch
 from pyro_iwae.logweights import LogWeights
 from pyro_iwae.particles import Call
-from pyro_iwae.parts import UNBIASED, UPPER, Drawn
+from pyro_iwae.parts import UNBIASED, UPPER, Drawn, Probe
 from pyro_iwae.plates import Site, latent_sites
 from pyro_iwae.state import module_behind
 from pyro_iwae.weighing import Particles, weigh_particles
 
-__all__ = ["Source", "fingerprint"]
+__all__ = ["Source", "fingerprint", "seeded"]
 
 FINEST = 64  # K over the particles of the multilevel estimate's base: more than K are needed once in 512 batches
 
@@ -44,7 +45,10 @@ class Source:
         options: the other options of :func:`~pyro_iwae.weighing.weigh_particles`.
         minibatch: the indices of subsampled plates, which stay what they are.
         first: one particle, to look at.
-        exact: the log weight of a draw from the exact posterior, ``(*plates)``, if there is one.
+        data: what the model observed, by site, as far as no latent moves it.
+        probe: of model, guide and these rows.
+        posterior_draw: a draw from the exact posterior, if there is one.
+        exact: its log weight, ``(*plates)``.
     """
 
     call: Call
@@ -53,6 +57,9 @@ class Source:
     options: Mapping[str, Any]
     minibatch: Minibatch
     first: Particles
+    data: Mapping[str, Any]
+    probe: Probe
+    posterior_draw: Mapping[str, Tensor] | None = None
     exact: Tensor | None = None
 
     @classmethod
@@ -73,7 +80,19 @@ class Source:
         first = weigh_particles(call, num_particles=1, minibatch=minibatch, **options)
         _require_evidence(first)
         _require_density(first, lambda: weigh_particles(call, num_particles=1, minibatch=minibatch, **options))
-        found = cls(call, num_particles, chunk_size, options, minibatch, first)
+        seeded("probe")
+        probe = weigh_particles(call, num_particles=1, minibatch=minibatch, **options)
+        found = cls(
+            call,
+            num_particles,
+            chunk_size,
+            options,
+            minibatch,
+            first,
+            _data(first, probe),
+            _probe(probe),
+            posterior_draw,
+        )
         if posterior_draw is None:
             return found
         draws = {n: v.unsqueeze(0) for n, v in posterior_draw.items()}
@@ -83,8 +102,8 @@ class Source:
 
     @property
     def key(self) -> str:
-        """What tells the rows from others."""
-        return fingerprint(self.call.args, self.call.kwargs, self.minibatch.indices)
+        """What tells the rows from others: arguments, and data that the model has from elsewhere."""
+        return fingerprint(self.call.args, self.call.kwargs, self.minibatch.indices, self.data, self.posterior_draw)
 
     @property
     def parameters(self) -> str:
@@ -100,11 +119,12 @@ class Source:
         weights = self._weigh(self.num_particles)
         log_weights, common = weights.log_weights, self.first.common
         constant = float(sum(float(c.sum()) for c in weights.constant.values()))
-        further = {UNBIASED: self._unbiased(log_weights).double()}
+        further = {UNBIASED: self._unbiased(log_weights)}
         if self.exact is not None:
             whole = torch.logaddexp(self.exact, log_weights[1:].logsumexp(0))
-            further[UPPER] = (whole - math.log(self.num_particles)).double()
-        return Drawn(log_weights, weights.plates, constant / (1.0 if common is None else float(common)), further)
+            further[UPPER] = whole - math.log(self.num_particles)
+        constant /= 1.0 if common is None else float(common)
+        return Drawn(log_weights, weights.plates, constant, further, self.probe)
 
     def _weigh(self, count: int) -> LogWeights:
         options = {"minibatch": self.minibatch, **self.options}
@@ -135,6 +155,34 @@ class Source:
 
 def _weigh_alone(call: Call, count: int, *, options: Mapping[str, Any], **further: Any) -> Particles:
     return weigh_particles(call, num_particles=count, **options, **further)
+
+
+def seeded(*path: Any) -> int:
+    """Sets all random generators to a place that no other path leads to; returns what tells it from others."""
+    seed = int.from_bytes(hashlib.sha256(repr(path).encode()).digest()[:7], "big")
+    torch.manual_seed(seed)
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    return seed
+
+
+def _data(first: Particles, again: Particles) -> dict[str, Any]:
+    """Observed values, but for those that follow a latent, as ``pyro.deterministic`` does."""
+    found, others = first.pairs[0].model.nodes, again.pairs[0].model.nodes
+    return {
+        name: site["value"]
+        for name, site in found.items()
+        if site["type"] == "sample"
+        and site["is_observed"]
+        and name in others
+        and torch.equal(torch.as_tensor(site["value"]), torch.as_tensor(others[name]["value"]))
+    }
+
+
+def _probe(particles: Particles) -> Probe:
+    log_weights = particles.weights.log_weights.squeeze(0)
+    constant = sum(float(c.sum()) for c in particles.weights.constant.values())
+    return Probe(log_weights.cpu().double() + constant, str(log_weights.device), str(torch.__version__))
 
 
 def _require_evidence(first: Particles) -> None:
@@ -195,9 +243,9 @@ def _digest(value: Any, update: Callable[[bytes], None]) -> None:
         flat = value.detach().cpu().contiguous().reshape(-1)
         update(f"{value.dtype}{tuple(value.shape)}".encode())
         update(flat.view(torch.uint8).numpy().tobytes())
-    elif isinstance(value, np.ndarray):
+    elif isinstance(value, np.ndarray | np.generic):
         update(f"{value.dtype}{value.shape}".encode())
-        update(value.tobytes())
+        update(value.tobytes() if value.dtype != object else repr(value.tolist()).encode())
     elif isinstance(value, Mapping):
         update(b"{")
         for name, inner in value.items():

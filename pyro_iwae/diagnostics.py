@@ -46,8 +46,8 @@ def ess(log_weights: Float[Tensor, "particles *plates"]) -> Float[Tensor, "*plat
         >>> ess(torch.tensor([0.0, 0.0, -torch.inf]))
         tensor(2.)
     """
-    twice, square = 2.0 * log_weights.logsumexp(0), (2.0 * log_weights).logsumexp(0)
-    return torch.where(square == -math.inf, 0.0, (twice - square).exp())
+    relative = _relative(log_weights)
+    return torch.where(relative[0].isnan(), 0.0, relative.exp().sum(0) ** 2 / (2.0 * relative).exp().sum(0))
 
 
 def expected_distinct(log_weights: Float[Tensor, "particles *plates"], draws: int) -> Float[Tensor, "*plates"]:
@@ -65,8 +65,14 @@ def expected_distinct(log_weights: Float[Tensor, "particles *plates"], draws: in
         >>> expected_distinct(torch.zeros(2), draws=2)
         tensor(1.5000)
     """
-    share = (log_weights - log_weights.logsumexp(0)).exp().nan_to_num(nan=0.0)
+    weights = _relative(log_weights).exp().nan_to_num(nan=0.0)
+    share = weights / weights.sum(0).clamp(min=1.0)
     return -torch.expm1(draws * torch.log1p(-share.clamp(max=1.0))).sum(0)
+
+
+def _relative(log_weights: Tensor) -> Tensor:
+    """To the largest, so that large log weights lose no digits; NaN where every particle is impossible."""
+    return log_weights - log_weights.amax(0)
 
 
 def khat_threshold(count: int) -> float:

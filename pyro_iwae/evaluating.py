@@ -5,17 +5,14 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 import os
-import random
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-import numpy as np
 import torch
 from pyro import poutine
 from pyro.poutine.lift_messenger import LiftMessenger
@@ -23,11 +20,11 @@ from pyro.poutine.messenger import block_messengers
 from torch import Tensor
 from tqdm import tqdm
 
-from pyro_iwae.batches import Source
-from pyro_iwae.evaluation import Evaluation
+from pyro_iwae.batches import Source, fingerprint, seeded
+from pyro_iwae.evaluation import Evaluation, require_constant
 from pyro_iwae.options import as_count, require_callables, require_options
 from pyro_iwae.particles import Call
-from pyro_iwae.parts import Part
+from pyro_iwae.parts import OTHER_PROBLEM, Part
 from pyro_iwae.state import unchanged_state
 from pyro_iwae.structure import StructureCache
 from pyro_iwae.tree import PlateParticles
@@ -184,6 +181,14 @@ class _Rows:
         positional = tuple(batch) if isinstance(batch, tuple | list) else (batch,)
         return cls(positional + args, kwargs, batch, sizes.pop(), args, kwargs)
 
+    @property
+    def digests(self) -> tuple[str, ...]:
+        """What tells each row from others."""
+        if self.count is None:
+            return ()
+        tensors = [t.detach().cpu() for t in _tensors(self.batch) if t.dim()]
+        return tuple(fingerprint([t[i] for t in tensors])[:16] for i in range(self.count))
+
     def some(self, index: Tensor) -> _Rows:
         """These rows alone."""
         return _Rows.of(_indexed(self.batch, index), self.further, self.named)
@@ -246,15 +251,6 @@ def _apart() -> Iterator[None]:
         yield
 
 
-def _seeded(*path: Any) -> int:
-    """Sets all random generators to a place that no other path leads to; returns what tells it from others."""
-    seed = int.from_bytes(hashlib.sha256(repr(path).encode()).digest()[:7], "big")
-    torch.manual_seed(seed)
-    random.seed(seed)
-    np.random.seed(seed % 2**32)
-    return seed
-
-
 class _Run:
     """A run of evaluate(): what it has, and when to keep it."""
 
@@ -273,6 +269,8 @@ class _Run:
         self.path, self.save_every, self.bar = path, save_every, bar
         self.saved = self.shown = time.monotonic()
         self.resumed = False
+        self.given: set[str] = set()  # keys of the data that this run was given
+        self.row_plate: str | None = None
 
     def go_on(self) -> None:
         """Takes up what an earlier run has saved."""
@@ -292,16 +290,22 @@ class _Run:
 
     def draw(self, rows: _Rows, source_of: Callable[[_Rows], Source], position: int, row_plate: str | None) -> None:
         """All replicates of some rows."""
-        _seeded(self.kept.seed, position)
+        seeded(self.kept.seed, position)
         source = source_of(rows)
         key = f"{position} {source.key}"
         self._require_same(source, key, position)
-        dim = None if rows.count is None else _row_dim(source, rows.count, row_plate)
-        part = self.parts.get(key)
+        self.given.add(key)
+        dim = None
+        if rows.count is not None:
+            dim = _row_dim(source, rows.count, row_plate or self.row_plate)
+            self.row_plate = source.first.weights.plates[dim]  # of later batches, whose sizes may fit several
+        part, digests = self.parts.get(key), rows.digests
+        if part is not None and part.probe is not None and not part.probe.is_like(source.probe):
+            raise ValueError(OTHER_PROBLEM)
         done = 0 if part is None else len(part.seeds)
         self.bar.update(min(done, self.num_replicates))
         while done < self.num_replicates:
-            part = self._with(key, part, self._replicate(source, key, dim, done))
+            part = self._with(key, part, self._replicate(source, key, dim, done, digests))
             done += 1
         while part is not None and done < self.most:
             short = part.short(self.kept.targets)
@@ -310,9 +314,9 @@ class _Run:
             part = self._with(key, part, self._further(part, short, rows, source, source_of, dim, done))
             done += 1
 
-    def _replicate(self, source: Source, key: str, dim: int | None, done: int) -> Part:
-        seed = _seeded(self.kept.seed, key, done)
-        return Part.of(key, dim, seed, source.draw(), self.kept.ks)
+    def _replicate(self, source: Source, key: str, dim: int | None, done: int, digests: tuple[str, ...] = ()) -> Part:
+        seed = seeded(self.kept.seed, key, done)
+        return Part.of(key, dim, seed, source.draw(), self.kept.ks, digests)
 
     def _further(
         self,
@@ -330,18 +334,20 @@ class _Run:
         index = short.movedim(dim, 0).reshape(len(short.movedim(dim, 0)), -1).any(1).nonzero().squeeze(1)
         if len(index) == part.shape[dim]:
             return self._replicate(source, part.key, dim, done)
-        _seeded(self.kept.seed, part.key, done, "rows")
+        seeded(self.kept.seed, part.key, done, "rows")
         few = self._replicate(source_of(rows.some(index)), part.key, dim, done)
         if few.plates != part.plates or few.shape[dim] != len(index):
             raise ValueError(
                 f"expected model and guide to take {len(index)} of {part.shape[dim]} rows of a batch like all of them, "
                 f"got plates {list(few.plates)} of sizes {tuple(few.shape)}; leave target_ess and target_std_error out"
             )
-        return few.spread(index.to(few.floor.device), part.shape, dim)
+        return few.spread(index, part.shape, dim)
 
     def _with(self, key: str, part: Part | None, more: Part) -> Part:
         part = more if part is None else part + more
         self.parts[key] = part
+        if len(part.seeds) == 1:
+            require_constant([p.constant for p in self.parts.values()])
         self.bar.update()
         now = time.monotonic()
         if not self.bar.disable and now - self.shown > REDRAWN_EVERY:
@@ -364,6 +370,12 @@ class _Run:
         """What there is, kept."""
         if not self.parts:
             raise ValueError("expected data to give at least one batch, got none; is an iterator used up?")
+        others = self.parts.keys() - self.given
+        if others:
+            raise ValueError(
+                f"expected data to give all {len(self.parts)} batches that the file holds, got {len(self.given)} of "
+                "them; give all of the data, or take another file for save_to"
+            )
         if self.path is not None:
             self._save()
         return self._result()

@@ -8,7 +8,8 @@ from __future__ import annotations
 import html
 import math
 import os
-from collections.abc import Mapping
+import warnings
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -19,13 +20,14 @@ from torch import Tensor
 from pyro_iwae.archive import read, write
 from pyro_iwae.diagnostics import khat_threshold
 from pyro_iwae.estimates import Estimate
-from pyro_iwae.parts import DISTINCT, UNBIASED, UPPER, Part, bound_name, jackknife_name
+from pyro_iwae.parts import DISTINCT, UNBIASED, UPPER, Part, Probe, bound_name, jackknife_name
 
-__all__ = ["Evaluation", "Total"]
+__all__ = ["Evaluation", "Total", "require_constant"]
 
 LEAST_ESS = 100.0  # below it a t interval over replicates is not to be relied on
 MANY = 0.1  # of the elements; if so many are doubtful, doubt the others
 KIND = "Evaluation"
+KEPT = ("key", "plates", "rows", "num_particles", "seeds", "constant", "digests")
 
 
 @dataclass(frozen=True, eq=False)
@@ -167,7 +169,7 @@ class Evaluation:
         Both are found from the same particles as the figures: an element whose heavy weights no particle has met looks
         fine. So do not pick the trusted ones out of many that are doubtful.
         """
-        return (self.khat.cpu() <= self.khat_threshold) & (self.ess.cpu() >= LEAST_ESS)
+        return (self.khat <= self.khat_threshold) & (self.ess >= LEAST_ESS)
 
     def worst(self, count: int = 5) -> list[tuple[tuple[int, ...], float, float]]:
         """The elements whose figures are to be trusted least: index, khat and ESS, by khat and then ESS."""
@@ -191,13 +193,7 @@ class Evaluation:
     @property
     def constant(self) -> float:
         """Terms that no latent can change: in the total, and in no element."""
-        first = self.parts[0].constant
-        if any(not math.isclose(p.constant, first, rel_tol=1e-4, abs_tol=1e-4) for p in self.parts):
-            raise ValueError(
-                "expected the terms outside the independent plates that no latent reaches to be the same for all rows, "
-                f"got {sorted({p.constant for p in self.parts})[:5]}; put what belongs to a row into its plate"
-            )
-        return first
+        return require_constant([p.constant for p in self.parts])
 
     # Put together, kept
 
@@ -215,6 +211,13 @@ class Evaluation:
             raise ValueError(
                 f"expected two evaluations of one model and guide, drawn alike, got different ones ({got})"
             )
+        ours, theirs = self.parts[0], other.parts[0]
+        if (ours.plates, ours.rows) != (theirs.plates, theirs.rows) or ours.values.keys() != theirs.values.keys():
+            raise ValueError(
+                f"expected two evaluations with the same plates and figures, got plates {list(ours.plates)} with "
+                f"{sorted(ours.values)} and {list(theirs.plates)} with {sorted(theirs.values)}; evaluate both alike"
+            )
+        _warn_of_rows_in_both(self.parts, other.parts)
         parts = {p.key: p for p in self.parts}
         for part in other.parts:
             parts[part.key] = parts[part.key] + part if part.key in parts else part
@@ -233,7 +236,10 @@ class Evaluation:
         for i, part in enumerate(self.parts):
             tensors |= {f"{i} {name}": value for name, value in part.values.items()}
             tensors |= {f"{i} tail": part.tail, f"{i} floor": part.floor}
-            facts.append({n: getattr(part, n) for n in ("key", "plates", "rows", "num_particles", "seeds", "constant")})
+            facts.append({n: getattr(part, n) for n in KEPT})
+            if part.probe is not None:
+                tensors[f"{i} probe"] = part.probe.log_weights
+                facts[-1] |= {"device": part.probe.device, "version": part.probe.version}
         write(
             path,
             tensors,
@@ -258,8 +264,11 @@ class Evaluation:
         for i, known in enumerate(facts["parts"]):
             mine = {n.split(" ", 1)[1]: v for n, v in tensors.items() if n.split(" ", 1)[0] == str(i)}
             tail, floor = mine.pop("tail"), mine.pop("floor")
-            known |= {"plates": tuple(known["plates"]), "seeds": tuple(known["seeds"])}
-            parts.append(Part(values=mine, tail=tail, floor=floor, **known))
+            known |= {n: tuple(known[n]) for n in ("plates", "seeds", "digests")}
+            probe = None
+            if "probe" in mine:
+                probe = Probe(mine.pop("probe"), known.pop("device"), known.pop("version"))
+            parts.append(Part(values=mine, tail=tail, floor=floor, probe=probe, **known))
         return cls(tuple(parts), facts["evaluation"], facts["seed"], facts["targets"])
 
     # Inside
@@ -334,7 +343,9 @@ class Evaluation:
         if UPPER in self._names:
             rows.append(("upper bound on log p(x)", total.estimate(UPPER)))
         width = max(len(name) for name, _ in rows)
-        lines += [f"  {name:<{width}}  {float(e.value):12.3f} ± {float(e.std_error):.3f}" for name, e in rows]
+        lines += [f"  {name:<{width}}  {_with_error(e)}" for name, e in rows]
+        if self._has_bracket and int(reps.min()) < 3:
+            lines.append("  the error of the ELBO of q_EW needs 3 replicates at least")
         return lines + self._verdict()
 
     def _verdict(self) -> list[str]:
@@ -378,6 +389,39 @@ class Evaluation:
         return lines
 
 
+def require_constant(found: Sequence[float]) -> float:
+    """What all rows have in common, or raises where it is not the same."""
+    if any(not math.isclose(c, found[0], rel_tol=1e-4, abs_tol=1e-4) for c in found):
+        raise ValueError(
+            "expected the terms outside the independent plates that no latent reaches to be the same for all rows, "
+            f"got {sorted(set(found))[:5]}; put what belongs to a row into its plate"
+        )
+    return found[0]
+
+
+def _with_error(estimate: Estimate) -> str:
+    value, error = float(estimate.value), float(estimate.std_error)
+    if math.isfinite(value):
+        return f"{value:12.3f} ± {error:.3f}"
+    return f"{value:12.3f}" if value == -math.inf else f"{'not defined':>12}"
+
+
+def _warn_of_rows_in_both(mine: Sequence[Part], others: Sequence[Part]) -> None:
+    """Rows that both hold in other batches would be two elements each."""
+    shared = {p.key for p in mine} & {p.key for p in others}
+    known = {d for p in mine for d in p.digests if p.key not in shared}
+    further = [d for p in others for d in p.digests if p.key not in shared]
+    twice = sum(d in known for d in further)
+    if twice > len(further) / 2:
+        warnings.warn(
+            f"{twice} of {len(further)} rows that one evaluation adds are in the other, too, in other batches: they "
+            "count as further data. If they are the same, evaluate both with batches alike (shuffle=False, the same "
+            "batch_size), so that their particles are put together",
+            UserWarning,
+            stacklevel=3,
+        )
+
+
 @dataclass(frozen=True, eq=False)
 class Total:
     """Figures of an :class:`Evaluation` summed over elements, as numbers; errors by the sums of each replicate."""
@@ -419,6 +463,11 @@ class Total:
     def bound_errors(self) -> dict[int, float]:
         """Standard errors of ``bounds``."""
         return {k: float(self.estimate(bound_name(k)).std_error) for k in self.evaluation.ks}
+
+    def bound_width(self, k: int, level: float = 0.95) -> float:
+        """Half the width of Student's t interval for the bound with k particles."""
+        found = self.estimate(bound_name(k))
+        return float(found.interval(level)[1] - found.value)
 
     @property
     def jackknife(self) -> dict[int, float]:

@@ -100,7 +100,8 @@ def jackknives(
             - (count - 1) ** 2 * (without_one + math.log(count / (count - 1)))
             + (count - 2) ** 2 / 2.0 * (without_two + math.log(count / (count - 2)))
         )
-    return {order: value.to(log_weights) for order, value in found.items()}
+    impossible = totals.value == -math.inf  # then so is each subset
+    return {m: torch.where(impossible, -math.inf, value).to(log_weights) for m, value in found.items()}
 
 
 def _pairs(log_weights: Tensor, totals: LogMean, log_odds: Tensor) -> Tensor:
@@ -122,7 +123,10 @@ def _pairs(log_weights: Tensor, totals: LogMean, log_odds: Tensor) -> Tensor:
         for n, further in enumerate(_power_sums(small.sub_(scale).exp_(), TERMS_OF_SMALL if count > large else 0)):
             sums[n] = sums[n] + further
         for n in range(1, TERMS + 1):
-            total = total - ((n * (alone + scale)).exp().sum(0) * sums[n - 1]) / n
+            met = (n * (alone + scale)).exp().sum(0)
+            total = (
+                total - torch.where(sums[n - 1] == 0.0, 0.0, met * sums[n - 1]) / n
+            )  # of nothing, also if met is inf
             if 2 * n <= TERMS:
                 total = total - (2 * n * scale).exp() * (sums[n - 1] ** 2 - sums[2 * n - 1]) / (2 * n)
     return total / (count * (count - 1) / 2)
@@ -167,7 +171,7 @@ def level_probability(level: int) -> float:
 
 def draw_level() -> int:
     """A level of the multilevel estimate at random, from torch's generator."""
-    return int(torch.rand(()).log() / math.log(LEVEL_RATE))
+    return int((-torch.rand(())).log1p() / math.log(LEVEL_RATE))  # of a number above 0
 
 
 def correction(first: Float[Tensor, "*plates"], second: Float[Tensor, "*plates"]) -> Float[Tensor, "*plates"]:

@@ -133,6 +133,8 @@ class _Found:
                 _require_whole(site)
             _, self.sites = model_values(call, one)
             self.run = one.structure.run
+        if not self.sites:
+            raise ValueError("to_inference_data needs latents to draw, got a model without any")
         self.draws = posterior.sample(num_draws, *args, **kwargs)
         with posterior._apart():
             self.log_likelihood = self._pointwise(call)
@@ -158,7 +160,9 @@ class _Found:
                 value = stacked_value(same, particle_dim=dim, num_particles=count)
                 blocks.setdefault(name, []).append(value)
                 if name not in self.observed:
-                    self.observed[name] = torch.as_tensor(site["value"])
+                    observed = torch.as_tensor(site["value"])
+                    events = observed.shape[observed.dim() - site["fn"].event_dim :]
+                    self.observed[name] = observed.expand((*value.shape[1:], *events))  # one number for all of a plate
                     self._name(name, site, value.dim() - 1)
         return {name: torch.cat(values) for name, values in blocks.items()}
 

@@ -19,6 +19,7 @@ import torch
 from pyro.infer import ELBO
 
 from pyro_iwae.elbo import ImportanceWeightedELBO
+from pyro_iwae.estimates import student_quantile
 from pyro_iwae.evaluating import evaluate
 from pyro_iwae.evaluation import LEAST_ESS, Evaluation
 from pyro_iwae.gradient_snr import GradientSNR, gradient_snr, kept_gradients
@@ -312,7 +313,8 @@ class Monitor:
             ax = plt.subplots(figsize=(6.0, 3.8), layout="constrained")[1]
         blue, red = "#0072B2", "#D55E00"
         steps = [r.step for r in self.records]
-        errors = [1.96 * r.bound_error for r in self.records]
+        counts = [r.drawn // r.num_particles for r in self.records]
+        errors = [student_quantile(0.975, n - 1) * r.bound_error for n, r in zip(counts, self.records, strict=True)]
         ax.plot(steps, [r.log_evidence for r in self.records], color="0.4", lw=1.0, ls=":", label="log p(x) (left)")
         bounds = [r.bound for r in self.records]
         ax.errorbar(steps, bounds, errors, color=blue, marker="o", ms=3, capsize=2, label="bound, 95 % (left)")

@@ -19,7 +19,19 @@ from pyro_iwae.estimates import Estimate
 from pyro_iwae.evidence import bounds, jackknives
 from pyro_iwae.resampling import several
 
-__all__ = ["DISTINCT", "LOG_MEAN", "UNBIASED", "UPPER", "Drawn", "Part", "bound_name", "figures", "jackknife_name"]
+__all__ = [
+    "DISTINCT",
+    "LOG_MEAN",
+    "OTHER_PROBLEM",
+    "UNBIASED",
+    "UPPER",
+    "Drawn",
+    "Part",
+    "Probe",
+    "bound_name",
+    "figures",
+    "jackknife_name",
+]
 
 # Names of what is kept of each replicate.
 LOG_MEAN = "log mean"
@@ -30,6 +42,10 @@ DISTINCT = "distinct"
 UPPER = "upper"
 UNBIASED = "unbiased"
 
+OTHER_PROBLEM = (
+    "expected the same model, guide and data in both, got others: one particle, drawn from the same seed, has another "
+    "log weight. Does a function hold data, or something in a prior, that has changed? Evaluate anew"
+)
 TOGETHER = 2**19  # weights that figures are found of at once: they stay in a processor's cache, and take little memory
 
 
@@ -52,8 +68,8 @@ def figures(log_weights: Float[Tensor, "particles *plates"], ks: Sequence[int]) 
     """
     count, shape = log_weights.shape[0], log_weights.shape[1:]
     columns = log_weights.reshape(count, -1).split(max(1, TOGETHER // count), 1)
-    found = [_figures(some.contiguous(), ks) for some in columns]
-    return {name: torch.cat([f[name] for f in found]).reshape(shape).double() for name in found[0]}
+    found = [_figures(some.double().contiguous(), ks) for some in columns]
+    return {name: torch.cat([f[name] for f in found]).reshape(shape) for name in found[0]}
 
 
 def _figures(log_weights: Tensor, ks: Sequence[int]) -> dict[str, Tensor]:
@@ -66,7 +82,36 @@ def _figures(log_weights: Tensor, ks: Sequence[int]) -> dict[str, Tensor]:
     found[DISTINCT] = expected_distinct(log_weights, count)
     orders = [m for m in (1, 2) if count > m]
     found |= {jackknife_name(m): value for m, value in jackknives(log_weights, orders).items()}
-    return found
+    return {name: defined(value) for name, value in found.items()}
+
+
+def defined(figure: Tensor) -> Tensor:
+    """NaN says that an element has no such replicate; a figure that no weights define is infinite instead."""
+    return figure.nan_to_num(nan=math.inf, posinf=math.inf, neginf=-math.inf)
+
+
+@dataclass(frozen=True, eq=False)
+class Probe:
+    """Tells a model, guide and data from others by what they do.
+
+    Attributes:
+        log_weights: of one particle, always drawn from the same seed, ``(*plates)``; NaN where it is not known.
+        device: where model and guide ran.
+        version: of torch. On another device, or by another version, other random numbers are to be expected.
+    """
+
+    log_weights: Tensor
+    device: str
+    version: str
+
+    def is_like(self, other: Probe) -> bool:
+        """Whether both may come from the same model, guide and data: up to rounding."""
+        if (self.device, self.version) != (other.device, other.version):
+            return True
+        if self.log_weights.shape != other.log_weights.shape:
+            return False
+        known = ~(self.log_weights.isnan() | other.log_weights.isnan())
+        return torch.allclose(self.log_weights[known], other.log_weights[known], rtol=1e-3, atol=1e-3)
 
 
 @dataclass(frozen=True, eq=False)
@@ -78,12 +123,14 @@ class Drawn:
         plates: names of the independent plates.
         constant: terms that no latent can change.
         further: figures that need more than these weights, by name, ``(*plates)``.
+        probe: of the rows.
     """
 
     log_weights: Tensor
     plates: tuple[str, ...]
     constant: float = 0.0
     further: Mapping[str, Tensor] = field(default_factory=dict)
+    probe: Probe | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -101,6 +148,8 @@ class Part:
         tail: the largest log weights of all replicates, ``(tail, *plates)``, in descending order.
         floor: above which ``tail`` holds all that were drawn, ``(*plates)``.
         constant: terms that no latent can change.
+        probe: of model, guide and data.
+        digests: of each row, where the rows of a data set are known.
     """
 
     key: str
@@ -112,14 +161,31 @@ class Part:
     tail: Tensor
     floor: Tensor
     constant: float
+    probe: Probe | None = None
+    digests: tuple[str, ...] = ()
 
     @classmethod
-    def of(cls, key: str, rows: int | None, seed: int, drawn: Drawn, ks: Sequence[int]) -> Part:
-        """One replicate."""
+    def of(
+        cls, key: str, rows: int | None, seed: int, drawn: Drawn, ks: Sequence[int], digests: tuple[str, ...] = ()
+    ) -> Part:
+        """One replicate; what is kept of it leaves the GPU."""
         log_weights = drawn.log_weights
-        values = {n: v.unsqueeze(0) for n, v in {**figures(log_weights, ks), **drawn.further}.items()}
-        tail, floor = _largest(log_weights, len(log_weights))
-        return cls(key, drawn.plates, rows, len(log_weights), (seed,), values, tail, floor, drawn.constant)
+        further = {name: defined(value) for name, value in drawn.further.items()}
+        values = {n: v.cpu().double().unsqueeze(0) for n, v in {**figures(log_weights, ks), **further}.items()}
+        tail, floor = (value.cpu() for value in _largest(log_weights, len(log_weights)))
+        return cls(
+            key=key,
+            plates=drawn.plates,
+            rows=rows,
+            num_particles=len(log_weights),
+            seeds=(seed,),
+            values=values,
+            tail=tail,
+            floor=floor,
+            constant=drawn.constant,
+            probe=drawn.probe,
+            digests=digests,
+        )
 
     def spread(self, index: Tensor, shape: Sequence[int], dim: int) -> Part:
         """The same where these elements are some of more; the others have no such replicate."""
@@ -133,6 +199,8 @@ class Part:
             values={n: laid(v, math.nan) for n, v in self.values.items()},
             tail=laid(self.tail, -math.inf),
             floor=laid(self.floor, -math.inf),
+            probe=None,  # fewer rows draw other numbers
+            digests=(),
         )
 
     def __add__(self, other: Part) -> Part:
@@ -142,6 +210,8 @@ class Part:
                 f"expected the same num_particles and figures for the same data, got {self.num_particles} with "
                 f"{sorted(self.values)} and {other.num_particles} with {sorted(other.values)}; evaluate both alike"
             )
+        if self.probe is not None and other.probe is not None and not self.probe.is_like(other.probe):
+            raise ValueError(OTHER_PROBLEM)
         if set(self.seeds) & set(other.seeds):
             raise ValueError(
                 "expected particles drawn independently, got some that both evaluations hold; to add them would count "
@@ -182,7 +252,14 @@ class Part:
         k = self.num_particles
         values = self.values
         with_own = values[LOG_MEAN] + math.log(k)
-        whole, without = replicate_bracket(values[DRAWN], with_own, values[OTHERS], num_particles=k)
+        replicates = len(with_own)
+        columns = [
+            v.reshape(replicates, -1).split(max(1, TOGETHER // replicates**2), 1)
+            for v in (values[DRAWN], with_own, values[OTHERS])
+        ]  # each replicate meets each other one
+        found = [replicate_bracket(*some, num_particles=k) for some in zip(*columns, strict=True)]
+        whole = torch.cat([some for some, _ in found], -1).reshape(2, *self.shape)
+        without = torch.cat([some for _, some in found], -1).reshape(2, replicates, *self.shape)
         return Estimate.leaving_out(whole[0], without[0]), Estimate.leaving_out(whole[1], without[1])
 
     def ess(self) -> Tensor:
@@ -203,9 +280,9 @@ class Part:
         """Elements that miss a target, ``ess`` at least or ``std_error`` at most, by all that was drawn."""
         found = torch.zeros(self.shape, dtype=torch.bool)
         if "ess" in targets:
-            found |= ~(self.ess() >= targets["ess"]).cpu()
+            found |= ~(self.ess() >= targets["ess"])
         if "std_error" in targets:
-            found |= ~(self.log_evidence().std_error <= targets["std_error"]).cpu()
+            found |= ~(self.log_evidence().std_error <= targets["std_error"])
         return found
 
 

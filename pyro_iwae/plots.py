@@ -63,8 +63,7 @@ def bounds(evaluation: Evaluation, *, per_element: bool = False, ax: Axes | None
     low, high = total.interval(0.95)
     ax.axhspan(low * share, high * share, color="0.88", lw=0)
     ax.axhline(total.log_evidence * share, color=GREY, lw=1.0, ls=":", label="log p(x), 95 % interval")
-    values = [total.bounds[k] * share for k in ks]
-    errors = [1.96 * total.bound_errors[k] * share for k in ks]
+    values, errors = [total.bounds[k] * share for k in ks], [total.bound_width(k) * share for k in ks]
     ax.errorbar(ks, values, errors, color=BLUE, marker="o", ms=4, capsize=2, label="bound")
     for (order, value), marker, color in zip(total.jackknife.items(), "sD", (RED, PALETTE[3]), strict=False):
         place = last * 1.12**order  # beside the bound of as many particles

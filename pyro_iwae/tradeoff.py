@@ -252,7 +252,7 @@ class Tradeoff:
         low, high = total.interval(0.95)
         ax.axhspan(low, high, color="0.85", lw=0)
         ax.axhline(total.log_evidence, color="0.4", lw=1.0, ls=":", label="log p(x), 95 % interval")
-        values, errors = [float(b.value) for b in bounds], [1.96 * float(b.std_error) for b in bounds]
+        values, errors = [float(b.value) for b in bounds], [float(b.interval()[1] - b.value) for b in bounds]
         ax.errorbar(ks, values, errors, color=blue, marker="o", ms=4, capsize=2, label="bound (left)")
         right = ax.twinx()
         costs = self.costs.values()
@@ -315,7 +315,7 @@ def tradeoff(
         num_steps: how many steps of each K to time, 20 at least.
         gradient: as for :class:`~pyro_iwae.ImportanceWeightedELBO`, as are the following.
         score: likewise.
-        plate_particles: likewise.
+        plate_particles: likewise; numbers by plate, which are the same for each of the ks.
         chunk_size: likewise.
         compile: likewise; compiling itself is not in the time.
         vectorize_particles: likewise.
@@ -346,6 +346,11 @@ def tradeoff(
     if len(ks) < 2:
         raise ValueError(f"expected at least two different ks to compare, got {ks}")
     num_steps = as_count("num_steps", num_steps, least=20)
+    if plate_particles == "auto":
+        raise ValueError(
+            "expected plate_particles as numbers by plate, the same for each of the ks, got 'auto', which gives plates "
+            "as many particles as num_particles; write plate_particles={'data': 16}, say"
+        )
     options: dict[str, Any] = {
         "plate_particles": plate_particles,
         "vectorize_particles": vectorize_particles,
@@ -369,7 +374,8 @@ def tradeoff(
         **kwargs,
     )
     with unchanged_state(model, guide):
-        costs = _costs(elbos, model, guide, args, kwargs, num_steps, evaluation.log_evidence.device, progress)
+        device = torch.device(evaluation.parts[0].probe.device if evaluation.parts[0].probe else "cpu")
+        costs = _costs(elbos, model, guide, args, kwargs, num_steps, device, progress)
     return Tradeoff(evaluation, costs, next(iter(elbos.values())).gradient)
 
 

@@ -263,7 +263,7 @@ def test_a_damaged_file_is_refused(tmp_path, damage):
     path = tmp_path / "result.npz"
     quick(GAMMA.model, GAMMA.guide).save(path)
     data = path.read_bytes()
-    middle = len(data) // 3
+    middle = data.index(b'"kind"') + 3  # of what a checksum covers
     changed = {
         "cut": data[:middle],
         "altered": data[:middle] + bytes([data[middle] ^ 1]) + data[middle + 1 :],

@@ -101,3 +101,14 @@ def test_correction_of_the_impossible():
     assert float(correction(nothing, nothing)) == 0.0
     assert float(correction(something, nothing)) == math.inf
     assert math.isclose(float(correction(something, something)), 0.0, abs_tol=1e-7)
+
+
+@pytest.mark.parametrize("possible", [3, 5, 8, 11])
+def test_jackknife_where_few_particles_are_possible(possible):
+    """A far smaller second weight among impossible ones: by brute force over subsets."""
+    log_weights = torch.full((12,), -math.inf, dtype=torch.float64)
+    log_weights[:possible] = -45.0 * torch.arange(possible)
+    assert float(jackknife(log_weights, 2)) == pytest.approx(float(by_subsets(log_weights, 2)), rel=1e-9)
+    both = torch.stack([log_weights, torch.full((12,), -math.inf, dtype=torch.float64)], 1)
+    for order in (1, 2):
+        assert float(jackknife(both, order)[1]) == -math.inf
