@@ -79,7 +79,7 @@ def evaluate(
             time: ``shuffle=False``.
         unpack: makes these arguments from a batch, as in ``lambda batch: batch[0].to(device)``.
         row_plate: the plate that holds the rows of ``data``, where several could.
-        plate_particles: as for :class:`~pyro_iwae.ImportanceWeightedELBO`.
+        plate_particles: as for :class:`~pyro_iwae.ImportanceWeightedELBO`; plates keep their numbers along ``ks``.
         chunk_size: at most so many particles in memory at once; beside them only their log weights.
         target_ess: goes on drawing until each element has such an effective sample size, from all that was drawn.
             Rows of ``data`` that have it are drawn no more; without ``data`` all are drawn until the last has it.

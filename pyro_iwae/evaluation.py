@@ -214,8 +214,9 @@ class Evaluation:
         ours, theirs = self.parts[0], other.parts[0]
         if (ours.plates, ours.rows) != (theirs.plates, theirs.rows) or ours.values.keys() != theirs.values.keys():
             raise ValueError(
-                f"expected two evaluations with the same plates and figures, got plates {list(ours.plates)} with "
-                f"{sorted(ours.values)} and {list(theirs.plates)} with {sorted(theirs.values)}; evaluate both alike"
+                f"expected two evaluations with the same plates and figures, got plates {list(ours.plates)} and "
+                f"{list(theirs.plates)}, and {sorted(ours.values.keys() ^ theirs.values.keys())} in one of them alone; "
+                "evaluate both alike"
             )
         _warn_of_rows_in_both(self.parts, other.parts)
         parts = {p.key: p for p in self.parts}

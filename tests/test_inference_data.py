@@ -355,3 +355,26 @@ def test_arviz_1_takes_groups_by_name(monkeypatch):
     assert coords == {"rows": [0, 1, 2, 3]}
     assert dims["x"] == ["rows"]
     assert attrs == {"/": {"inference_library": "pyro_iwae", "num_particles": 5}}
+
+
+def test_one_number_observed_in_a_plate():
+    def model():
+        with pyro.plate("rows", 3):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=torch.tensor(1.0))
+
+    def guide():
+        with pyro.plate("rows", 3):
+            pyro.sample("z", dist.Normal(0.5, 1.0))
+
+    found = to_inference_data(ImportanceResampledGuide(model, guide, 5), num_draws=40)
+    assert found.observed_data["x"].values.tolist() == [1.0, 1.0, 1.0]
+    assert dict(found.log_likelihood.sizes)["rows"] == 3
+
+
+def test_no_latents_no_draws():
+    def model():
+        pyro.sample("x", dist.Normal(0.0, 1.0), obs=torch.tensor(1.0))
+
+    with pytest.raises(ValueError, match="needs latents to draw"):
+        to_inference_data(ImportanceResampledGuide(model, lambda: None, 5), num_draws=8)

@@ -20,6 +20,7 @@ import torch
 from matplotlib.colors import to_rgb
 from matplotlib.testing.compare import compare_images
 from matplotlib.testing.decorators import remove_ticks_and_titles
+from scipy.stats import t as student
 
 from pyro_iwae import ImportanceWeightedELBO, evaluate, gradient_snr, plots, tradeoff
 from pyro_iwae.exact import Gamma, Gaussian
@@ -307,3 +308,14 @@ def test_colours_stay_apart_for_the_colour_blind(seen):
     assert min(v for (i, j), v in apart.items() if j < 3) > 0.3  # the first three, which most pictures use
     red_and_green = [(torch.tensor(seen) @ linear(c)).clamp(0.0, 1.0).sqrt() for c in ("#d02020", "#6a7a00")]
     assert float((red_and_green[0] - red_and_green[1]).norm()) < 0.25  # where others' do not
+
+
+def test_intervals_of_few_replicates_are_those_of_student():
+    """Of the bounds, by replicate: 1.96 standard errors would be half of what 3 replicates need."""
+    gamma = Gamma(shape=torch.tensor(1.0, dtype=torch.float64))
+    result = evaluate(gamma.model, gamma.guide, num_particles=10, num_replicates=3, progress=False)
+    (bars,) = plots.bounds(result).containers
+    (ends,) = bars[2][0].get_segments()[:1]
+    width = (ends[1][1] - ends[0][1]) / 2.0
+    assert width == pytest.approx(student.ppf(0.975, 2) * result.total.bound_errors[1], rel=1e-6)
+    assert result.total.bound_width(1) == pytest.approx(width, rel=1e-6)

@@ -239,3 +239,8 @@ def test_sizes_are_readable(gamma):
     costs = dict(zip(gamma.costs, (Cost(0.1, (0.1, 0.1), b) for b in (12, 3_400_000, 5_600_000_000)), strict=True))
     lines = str(replace(gamma, costs=costs)).splitlines()
     assert [line.split("  ")[-1] for line in lines[1:4]] == ["12 B", "3.4 MB", "5.6 GB"]
+
+
+def test_auto_is_another_number_for_each_k():
+    with pytest.raises(ValueError, match=r"the same for each of the ks, got 'auto'"):
+        quick(GAMMA.model, GAMMA.guide, plate_particles="auto")
