@@ -96,6 +96,13 @@ class Estimate:
         count = self.count.min() if self.count.numel() else self.count.new_zeros(())
         return Estimate(self.value.sum(), self.deviations.reshape(len(self.deviations), -1).sum(1), count)
 
+    def text(self, width: int = 0) -> str:
+        """A single number with its error, the number right-aligned; without one where it is infinite."""
+        value = float(self.value)
+        if math.isfinite(value):
+            return f"{value:{width}.3f} ± {float(self.std_error):.3f}"
+        return f"{value:{width}.3f}" if value == -math.inf else f"{'not defined':>{width}}"
+
     @staticmethod
     def added(parts: Sequence[Estimate]) -> Estimate:
         """The sum of independent figures, each a single number."""

@@ -344,7 +344,7 @@ class Evaluation:
         if UPPER in self._names:
             rows.append(("upper bound on log p(x)", total.estimate(UPPER)))
         width = max(len(name) for name, _ in rows)
-        lines += [f"  {name:<{width}}  {_with_error(e)}" for name, e in rows]
+        lines += [f"  {name:<{width}}  {e.text(12)}" for name, e in rows]
         if self._has_bracket and int(reps.min()) < 3:
             lines.append("  the error of the ELBO of q_EW needs 3 replicates at least")
         return lines + self._verdict()
@@ -398,13 +398,6 @@ def require_constant(found: Sequence[float]) -> float:
             f"got {sorted(set(found))[:5]}; put what belongs to a row into its plate"
         )
     return found[0]
-
-
-def _with_error(estimate: Estimate) -> str:
-    value, error = float(estimate.value), float(estimate.std_error)
-    if math.isfinite(value):
-        return f"{value:12.3f} ± {error:.3f}"
-    return f"{value:12.3f}" if value == -math.inf else f"{'not defined':>12}"
 
 
 def _warn_of_rows_in_both(mine: Sequence[Part], others: Sequence[Part]) -> None:

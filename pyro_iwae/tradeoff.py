@@ -218,9 +218,9 @@ class Tradeoff:
         head = ["K", "bound, nats", "gain per doubling", "step, ms", "memory", *["guide's SNR"] * has_snr]
         rows = [head]
         for k, cost in self.costs.items():
-            gain = f"{float(gains[k].value):.3f} ± {float(gains[k].std_error):.3f}" if k in gains else ""
+            gain = gains[k].text() if k in gains else ""
             bound = self.bounds[k]
-            row = [str(k), f"{float(bound.value):.3f} ± {float(bound.std_error):.3f}", gain]
+            row = [str(k), bound.text(), gain]
             row += [
                 f"{1e3 * cost.seconds:.3g}",
                 _size(cost.bytes),

@@ -125,3 +125,12 @@ def test_the_bracket_on_gamma_has_its_known_values(batches, lower, upper):
     found = torch.stack(found)
     known = torch.tensor([lower, upper], dtype=torch.float64)  # to three digits
     assert_mean(found, found.mean(0).clamp(known - 6e-4, known + 6e-4))
+
+
+def test_numbers_as_text():
+    one, none = torch.tensor(1), torch.zeros(1)
+    number = Estimate(torch.tensor(-1.23456), torch.tensor([0.5]), torch.tensor(2))
+    assert number.text() == "-1.235 ± 0.500" and number.text(8) == "  -1.235 ± 0.500"
+    assert Estimate(torch.tensor(-math.inf), none, one).text(6) == "  -inf"
+    for value in (math.nan, math.inf):
+        assert Estimate(torch.tensor(value), none, one).text() == "not defined"
