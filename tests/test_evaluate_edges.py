@@ -21,7 +21,7 @@ from pyro_iwae.diagnostics import ess, expected_distinct
 from pyro_iwae.exact import Gaussian
 from pyro_iwae.parts import DISTINCT, UNBIASED, Drawn, Part
 from tests.statistics import assert_frequencies
-from tests.test_evaluate import GAMMA, assert_near, quick, row_guide, row_model
+from tests.test_evaluate import GAMMA, assert_near, assert_same, quick, row_guide, row_model
 
 # What tells one problem from another
 
@@ -288,3 +288,21 @@ def test_the_interval_of_a_total_covers_what_it_says():
             low, high = replace(result, parts=(few,)).total.interval(level)
             covered.append(low < 5.0 * float(gaussian.log_evidence[0]) < high)
     assert_frequencies(torch.tensor([sum(covered), len(covered) - sum(covered)]), torch.tensor([level, 1.0 - level]))
+
+
+def test_going_on_towards_a_target_is_an_unbroken_run(tmp_path):
+    """Cut off at one number of replicates after another, among rows of which some are done."""
+    x, path = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 0.1, 0.2]), tmp_path / "kept.npz"
+    options = {"data": [x[:4], x[4:]], "target_ess": 300.0, "num_replicates": 2}
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(x / 2 + 0.5 * x, 0.8))
+
+    pyro.set_rng_seed(1)
+    unbroken = quick(row_model, guide, max_replicates=60, **options)
+    assert len(unbroken.replicates.unique()) > 1  # some rows needed more than others
+    pyro.set_rng_seed(1)
+    for most in (2, 5, 11, 60):
+        staged = quick(row_model, guide, max_replicates=most, save_to=path, **options)
+    assert_same(staged, unbroken)
