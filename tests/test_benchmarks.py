@@ -14,6 +14,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = sorted((ROOT / "benchmarks").glob("*.py"))
+GATE = {"asked", "chunks", "evaluating", "gradients", "growth", "precision", "steps"}  # of what users are told of speed
 
 
 def run(script, *options):
@@ -49,7 +50,11 @@ def test_nothing_is_kept_of_a_smoke_run():
     run(next(script for script in SCRIPTS if script.stem == "importance"))
 
 
-@pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.stem)
+@pytest.mark.parametrize(
+    "script",
+    [pytest.param(s, marks=() if s.stem in GATE else pytest.mark.nightly) for s in SCRIPTS],
+    ids=lambda script: script.stem,
+)
 def test_results_go_where_they_are_told_to_go(script, tmp_path):
     printed = run(script, "--output", str(tmp_path))
     result = json.loads((tmp_path / f"{script.stem}.json").read_text())

@@ -363,12 +363,12 @@ def test_doubly_reparameterized_through_the_tree_has_the_pathwise_mean(given, co
     [
         (Renyi(0.5), 4),
         (MIWAE(2), 4),
-        (Renyi(-0.5), 4),
         (None, 1),  # nothing to compare at the root, but inside
-        (Renyi(1.0), 3),
         (CIWAE(1.0), 3),
-        (MIWAE(3), 3),
-        (Renyi(0.5), 1),
+        *(
+            pytest.param(*case, marks=pytest.mark.nightly)
+            for case in ((Renyi(-0.5), 4), (Renyi(1.0), 3), (MIWAE(3), 3), (Renyi(0.5), 1))
+        ),
     ],
     ids=repr,
 )
