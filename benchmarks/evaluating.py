@@ -16,15 +16,16 @@ processes of their own, for two numbers of particles. Writes ``evaluating.json``
 import json
 import math
 import statistics
-import time
 
 import pyro
 import torch
 from sklearn.datasets import load_digits
 from support import device_name, keep, peer_arguments, provenance, spread, surroundings
+from support.asked import cells
 from support.fresh import in_fresh_process
 from support.markdown import duration, markdown, three
 from support.memory import extra_memory, high_water
+from support.peers import timed
 from support.turns import compare, require_agreement
 from support.vae import VAE
 from torch.distributions import Bernoulli, Normal
@@ -72,16 +73,6 @@ def by_us(vae, x, particles, chunk, replicates):
     )
 
 
-def timed(call, device):
-    if device == "cuda":
-        torch.cuda.synchronize()
-    start = time.perf_counter()
-    call()
-    if device == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - start
-
-
 def alone(request, options):
     """Times; or bytes of one evaluation beyond what is held before it."""
     vars(options).update(request.get("settings", {}))
@@ -109,14 +100,15 @@ def measure(options):
     vae = trained(x, options.steps)
     asked = vae, x, options.particles, options.chunk, options.replicates
     ours, hand = [], []
-    result, loop = by_us(vae, x, 2 * options.chunk, options.chunk, 2), by_hand(vae, x, options.chunk, options.chunk, 1)
+    for call in (by_us, by_hand):
+        call(vae, x, 2 * options.chunk, options.chunk, 2)  # the first imports more of torch
     for i in tqdm(range(options.rounds), "rounds", disable=options.quiet):
         turns = [(ours, by_us), (hand, by_hand)]
         for taken, call in turns if i % 2 else reversed(turns):
             taken.append(timed(lambda call=call: call(*asked), options.device))
     result, loop = by_us(*asked), by_hand(*asked)
-    pairs = {"evaluate": result.parts[0].values["log mean"].sum(1).tolist()}
-    found = {name: compare(values, loop.sum(1).tolist()) for name, values in pairs.items()}
+    totals = result.parts[0].values["log mean"].sum(1).tolist()
+    found = {"evaluate": compare(totals, loop.sum(1).tolist())}
     require_agreement(found)
     return {
         "ratio": statistics.median(ours) / statistics.median(hand),
@@ -140,9 +132,7 @@ def table(result):
     ]
     rows = []
     for name, found in times.items():
-        quartiles = found["rounds"]
-        ratio = f"{found['ratio']:.3f} ({quartiles['lower quartile']:.3f} to {quartiles['upper quartile']:.3f})"
-        rows.append([name, ratio, duration(found["evaluate"]), duration(found["loop"])])
+        rows.append([name, cells(found, None)[1], duration(found["evaluate"]), duration(found["loop"])])
     lines += markdown(["allocator", "time, of the loop's", "evaluate, ms", "loop, ms"], rows)
     found = times["memory kept"]
     evidence, error = found["log evidence"]

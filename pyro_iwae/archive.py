@@ -47,7 +47,7 @@ def write(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], facts: Ma
 
 
 def _umask() -> int:
-    current = os.umask(0)
+    current = os.umask(0o077)  # the only way to read it; strict, for what another thread writes meanwhile
     os.umask(current)
     return current
 

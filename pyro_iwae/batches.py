@@ -79,9 +79,9 @@ class Source:
         minibatch = Minibatch()
         first = weigh_particles(call, num_particles=1, minibatch=minibatch, **options)
         _require_evidence(first)
-        _require_density(first, lambda: weigh_particles(call, num_particles=1, minibatch=minibatch, **options))
         seeded("probe")
         probe = weigh_particles(call, num_particles=1, minibatch=minibatch, **options)
+        _require_density(first, probe)
         found = cls(
             call,
             num_particles,
@@ -206,13 +206,13 @@ def _require_evidence(first: Particles) -> None:
         )
 
 
-def _require_density(first: Particles, again: Callable[[], Particles]) -> None:
+def _require_density(first: Particles, again: Particles) -> None:
     """Raises where the guide sets a latent that the model draws from a density to the same point each time."""
     guide, model = first.pairs[0].guide, first.pairs[0].model
     fixed = {n: s["value"] for n, s in latent_sites(guide) if not settable(s) and _has_density(model.nodes.get(n))}
     if not fixed:
         return
-    others = again().pairs[0].guide.nodes  # where an autoguide bends noise, the values differ
+    others = again.pairs[0].guide.nodes  # where an autoguide bends noise, the values differ
     points = sorted(n for n, v in fixed.items() if torch.equal(torch.as_tensor(v), torch.as_tensor(others[n]["value"])))
     if points:
         hidden = ", ".join(f"'{n}': value" for n in points)

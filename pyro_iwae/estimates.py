@@ -85,11 +85,16 @@ class Estimate:
 
     def interval(self, level: float = 0.95) -> tuple[Tensor, Tensor]:
         """Student's t interval over replicates, lower and upper end."""
+        width = self.width(level)
+        return self.value - width, self.value + width
+
+    def width(self, level: float = 0.95) -> Tensor:
+        """Half the width of that interval."""
         quantiles = {int(n): student_quantile(0.5 + level / 2.0, int(n) - 1) for n in self.count.unique()}
         width = torch.zeros_like(self.value)
         for count, quantile in quantiles.items():
             width = torch.where(self.count == count, quantile * self.std_error, width)
-        return self.value - width, self.value + width
+        return width
 
     def summed(self) -> Estimate:
         """The sum over elements; its error goes by the sums of each replicate."""

@@ -24,7 +24,7 @@ from pyro_iwae.batches import Source, fingerprint, seeded
 from pyro_iwae.evaluation import Evaluation, require_constant
 from pyro_iwae.options import as_count, require_callables, require_options
 from pyro_iwae.particles import Call
-from pyro_iwae.parts import OTHER_PROBLEM, Part
+from pyro_iwae.parts import Part
 from pyro_iwae.state import unchanged_state
 from pyro_iwae.structure import StructureCache
 from pyro_iwae.tree import PlateParticles
@@ -299,13 +299,14 @@ class _Run:
         if rows.count is not None:
             dim = _row_dim(source, rows.count, row_plate or self.row_plate)
             self.row_plate = source.first.weights.plates[dim]  # of later batches, whose sizes may fit several
-        part, digests = self.parts.get(key), rows.digests
-        if part is not None and part.probe is not None and not part.probe.is_like(source.probe):
-            raise ValueError(OTHER_PROBLEM)
+        part = self.parts.get(key)
+        if part is not None:
+            part.require_like(source.probe)
         done = 0 if part is None else len(part.seeds)
         self.bar.update(min(done, self.num_replicates))
         while done < self.num_replicates:
-            part = self._with(key, part, self._replicate(source, key, dim, done, digests))
+            more = self._replicate(source, key, dim, done)
+            part = self._with(key, part, more if part is not None else replace(more, digests=rows.digests))
             done += 1
         while part is not None and done < self.most:
             short = part.short(self.kept.targets)
@@ -314,9 +315,9 @@ class _Run:
             part = self._with(key, part, self._further(part, short, rows, source, source_of, dim, done))
             done += 1
 
-    def _replicate(self, source: Source, key: str, dim: int | None, done: int, digests: tuple[str, ...] = ()) -> Part:
+    def _replicate(self, source: Source, key: str, dim: int | None, done: int) -> Part:
         seed = seeded(self.kept.seed, key, done)
-        return Part.of(key, dim, seed, source.draw(), self.kept.ks, digests)
+        return Part.of(key, dim, seed, source.draw(), self.kept.ks)
 
     def _further(
         self,
@@ -347,7 +348,7 @@ class _Run:
         part = more if part is None else part + more
         self.parts[key] = part
         if len(part.seeds) == 1:
-            require_constant([p.constant for p in self.parts.values()])
+            require_constant([next(iter(self.parts.values())).constant, part.constant])
         self.bar.update()
         now = time.monotonic()
         if not self.bar.disable and now - self.shown > REDRAWN_EVERY:

@@ -460,8 +460,7 @@ class Total:
 
     def bound_width(self, k: int, level: float = 0.95) -> float:
         """Half the width of Student's t interval for the bound with k particles."""
-        found = self.estimate(bound_name(k))
-        return float(found.interval(level)[1] - found.value)
+        return float(self.estimate(bound_name(k)).width(level))
 
     @property
     def jackknife(self) -> dict[int, float]:

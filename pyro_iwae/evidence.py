@@ -123,10 +123,8 @@ def _pairs(log_weights: Tensor, totals: LogMean, log_odds: Tensor) -> Tensor:
         for n, further in enumerate(_power_sums(small.sub_(scale).exp_(), TERMS_OF_SMALL if count > large else 0)):
             sums[n] = sums[n] + further
         for n in range(1, TERMS + 1):
-            met = (n * (alone + scale)).exp().sum(0)
-            total = (
-                total - torch.where(sums[n - 1] == 0.0, 0.0, met * sums[n - 1]) / n
-            )  # of nothing, also if met is inf
+            met = (n * (alone + scale)).exp().sum(0)  # can be infinite where it meets nothing
+            total = total - torch.where(sums[n - 1] == 0.0, 0.0, met * sums[n - 1]) / n
             if 2 * n <= TERMS:
                 total = total - (2 * n * scale).exp() * (sums[n - 1] ** 2 - sums[2 * n - 1]) / (2 * n)
     return total / (count * (count - 1) / 2)

@@ -22,7 +22,6 @@ from pyro_iwae.resampling import several
 __all__ = [
     "DISTINCT",
     "LOG_MEAN",
-    "OTHER_PROBLEM",
     "UNBIASED",
     "UPPER",
     "Drawn",
@@ -42,10 +41,6 @@ DISTINCT = "distinct"
 UPPER = "upper"
 UNBIASED = "unbiased"
 
-OTHER_PROBLEM = (
-    "expected the same model, guide and data in both, got others: one particle, drawn from the same seed, has another "
-    "log weight. Does a function hold data, or something in a prior, that has changed? Evaluate anew"
-)
 TOGETHER = 2**19  # weights that figures are found of at once: they stay in a processor's cache, and take little memory
 
 
@@ -95,7 +90,7 @@ class Probe:
     """Tells a model, guide and data from others by what they do.
 
     Attributes:
-        log_weights: of one particle, always drawn from the same seed, ``(*plates)``; NaN where it is not known.
+        log_weights: of one particle, always drawn from the same seed, ``(*plates)``.
         device: where model and guide ran.
         version: of torch. On another device, or by another version, other random numbers are to be expected.
     """
@@ -108,10 +103,8 @@ class Probe:
         """Whether both may come from the same model, guide and data: up to rounding."""
         if (self.device, self.version) != (other.device, other.version):
             return True
-        if self.log_weights.shape != other.log_weights.shape:
-            return False
-        known = ~(self.log_weights.isnan() | other.log_weights.isnan())
-        return torch.allclose(self.log_weights[known], other.log_weights[known], rtol=1e-3, atol=1e-3)
+        mine, others = self.log_weights, other.log_weights
+        return mine.shape == others.shape and torch.allclose(mine, others, rtol=1e-3, atol=1e-3)
 
 
 @dataclass(frozen=True, eq=False)
@@ -165,9 +158,7 @@ class Part:
     digests: tuple[str, ...] = ()
 
     @classmethod
-    def of(
-        cls, key: str, rows: int | None, seed: int, drawn: Drawn, ks: Sequence[int], digests: tuple[str, ...] = ()
-    ) -> Part:
+    def of(cls, key: str, rows: int | None, seed: int, drawn: Drawn, ks: Sequence[int]) -> Part:
         """One replicate; what is kept of it leaves the GPU."""
         log_weights = drawn.log_weights
         further = {name: defined(value) for name, value in drawn.further.items()}
@@ -184,7 +175,6 @@ class Part:
             floor=floor,
             constant=drawn.constant,
             probe=drawn.probe,
-            digests=digests,
         )
 
     def spread(self, index: Tensor, shape: Sequence[int], dim: int) -> Part:
@@ -200,7 +190,6 @@ class Part:
             tail=laid(self.tail, -math.inf),
             floor=laid(self.floor, -math.inf),
             probe=None,  # fewer rows draw other numbers
-            digests=(),
         )
 
     def __add__(self, other: Part) -> Part:
@@ -210,8 +199,7 @@ class Part:
                 f"expected the same num_particles and figures for the same data, got {self.num_particles} with "
                 f"{sorted(self.values)} and {other.num_particles} with {sorted(other.values)}; evaluate both alike"
             )
-        if self.probe is not None and other.probe is not None and not self.probe.is_like(other.probe):
-            raise ValueError(OTHER_PROBLEM)
+        self.require_like(other.probe)
         if set(self.seeds) & set(other.seeds):
             raise ValueError(
                 "expected particles drawn independently, got some that both evaluations hold; to add them would count "
@@ -228,6 +216,15 @@ class Part:
             floor=torch.maximum(dropped, torch.maximum(self.floor, other.floor)),
             constant=(mine * self.constant + others * other.constant) / (mine + others),
         )
+
+    def require_like(self, probe: Probe | None) -> None:
+        """Raises where another model, guide or data are to be added."""
+        if self.probe is not None and probe is not None and not self.probe.is_like(probe):
+            raise ValueError(
+                "expected the same model, guide and data in both, got others: one particle, drawn from the same seed, "
+                "has another log weight. Does a function hold data, or something in a prior, that has changed? "
+                "Evaluate anew"
+            )
 
     @property
     def shape(self) -> torch.Size:

@@ -252,7 +252,7 @@ class Tradeoff:
         low, high = total.interval(0.95)
         ax.axhspan(low, high, color="0.85", lw=0)
         ax.axhline(total.log_evidence, color="0.4", lw=1.0, ls=":", label="log p(x), 95 % interval")
-        values, errors = [float(b.value) for b in bounds], [float(b.interval()[1] - b.value) for b in bounds]
+        values, errors = [float(b.value) for b in bounds], [float(b.width()) for b in bounds]
         ax.errorbar(ks, values, errors, color=blue, marker="o", ms=4, capsize=2, label="bound (left)")
         right = ax.twinx()
         costs = self.costs.values()
