@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import math
-import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -26,10 +25,10 @@ from pyro_iwae.logweights import LogWeights
 from pyro_iwae.particles import Call
 from pyro_iwae.parts import UNBIASED, UPPER, Drawn, Probe
 from pyro_iwae.plates import Site, latent_sites
-from pyro_iwae.state import module_behind
+from pyro_iwae.state import module_behind, seeded
 from pyro_iwae.weighing import Particles, weigh_particles
 
-__all__ = ["Source", "fingerprint", "seeded"]
+__all__ = ["Source", "fingerprint"]
 
 FINEST = 64  # K over the particles of the multilevel estimate's base: more than K are needed once in 512 batches
 
@@ -155,15 +154,6 @@ class Source:
 
 def _weigh_alone(call: Call, count: int, *, options: Mapping[str, Any], **further: Any) -> Particles:
     return weigh_particles(call, num_particles=count, **options, **further)
-
-
-def seeded(*path: Any) -> int:
-    """Sets all random generators to a place that no other path leads to; returns what tells it from others."""
-    seed = int.from_bytes(hashlib.sha256(repr(path).encode()).digest()[:7], "big")
-    torch.manual_seed(seed)
-    random.seed(seed)
-    np.random.seed(seed % 2**32)
-    return seed
 
 
 def _data(first: Particles, again: Particles) -> dict[str, Any]:

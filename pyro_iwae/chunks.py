@@ -40,7 +40,7 @@ from pyro_iwae.traces import Recording
 from pyro_iwae.verdicts import Question
 from pyro_iwae.weighing import Particles, impossible_sites, warn_of_impossible, weigh_particles
 
-__all__ = ["Chunks", "Impossible", "chunks_of", "require_chunk_size"]
+__all__ = ["Chunks", "Impossible", "chunks_of", "loss_of_part", "require_chunk_size", "without_graph"]
 
 Result = TypeVar("Result")
 MOST_STARTS = 4  # parameters and verdicts that are made on the way are there the next time
@@ -65,7 +65,14 @@ def require_chunk_size(chunk_size: Any, *, combine: bool = False) -> int | None:
 
 
 def chunks_of(
-    call: Call, *, num_particles: int, chunk_size: int | None, minibatch: Minibatch | None = None, **options: Any
+    call: Call,
+    *,
+    num_particles: int,
+    chunk_size: int | None,
+    minibatch: Minibatch | None = None,
+    first: int = 0,
+    among: int | None = None,
+    **options: Any,
 ) -> Chunks | None:
     """How to run K particles with at most ``chunk_size`` in memory; None where they fit in together.
 
@@ -73,7 +80,9 @@ def chunks_of(
         call: what to run.
         num_particles: K.
         chunk_size: how many, counted in the fullest node of the plate tree; None is all.
-        minibatch: indices that are settled already.
+        minibatch: indices that are settled already, and what others are drawn from.
+        first: number of the first of these particles among all.
+        among: all, where these are a part of them.
         options: those of :func:`~pyro_iwae.weighing.weigh_particles`.
 
     Raises:
@@ -81,9 +90,11 @@ def chunks_of(
     """
     if chunk_size is None or (options.get("plate_particles") is None and num_particles <= chunk_size):
         return None
-    structure = Question(call, num_particles=num_particles, minibatch=minibatch, **options).answer()
-    indices = {} if minibatch is None else dict(minibatch.indices)
-    chunks = Chunks(call, num_particles, chunk_size, options, structure, indices)
+    whole = num_particles if among is None else among
+    minibatch = Minibatch() if minibatch is None else minibatch
+    structure = Question(call, num_particles=whole, minibatch=minibatch, **options).answer()
+    indices = dict(minibatch.indices)
+    chunks = Chunks(call, num_particles, whole, first, chunk_size, options, structure, indices, minibatch.seed)
     return None if num_particles <= chunks.most else chunks
 
 
@@ -93,21 +104,29 @@ class Chunks:
 
     Attributes:
         call: what to run.
-        num_particles: K.
+        num_particles: how many.
+        whole: K, of which these may be a part.
+        first: number of the first of these among the K.
         chunk_size: how many are run together, counted in the fullest node of the plate tree.
         options: those of :func:`~pyro_iwae.weighing.weigh_particles`.
         structure: how they will be run.
         indices: of subsampled plates, as far as they are settled; each pass draws the others, and so the same ones.
+        seed: what indices are drawn from, if not from what comes.
         guide: the guide's distributions, if it has run already.
+        seen: sites that made all particles of a chunk impossible.
     """
 
     call: Call
     num_particles: int
+    whole: int
+    first: int
     chunk_size: int
     options: Mapping[str, Any]
     structure: Structure
     indices: Mapping[str, Tensor] = field(default_factory=dict)
+    seed: int | None = None
     guide: Redrawn | None = None
+    seen: Impossible = field(default_factory=lambda: Impossible())
 
     @property
     def most(self) -> int:
@@ -147,14 +166,14 @@ class Chunks:
         return weigh_particles(
             self.call,
             num_particles=count,
-            among=self.num_particles,
+            among=self.whole,
             minibatch=minibatch,
             recording=recording,
             **self.options,
         )
 
     def _minibatch(self) -> Minibatch:
-        minibatch = Minibatch()
+        minibatch = Minibatch(self.seed)
         minibatch.indices.update(self.indices)
         return minibatch
 
@@ -162,13 +181,18 @@ class Chunks:
 
     def weigh(self) -> LogWeights:
         """The weights of all K. Where a graph is recorded, each chunk's is made again when ``backward()`` needs it."""
-        chunks, seen = self.with_guide_once(cut=False), Impossible()
+        chunks = self.with_guide_once(cut=False)
         if torch.is_grad_enabled():
-            weights = LogWeights.joined(list(chunks._remade(seen)))
+            weights = LogWeights.joined(list(chunks._remade()))
         else:
-            weights = LogWeights.joined([seen.looked_at(particles) for particles in chunks.draw()])
-        seen.warn(weights)
+            weights = LogWeights.joined([self.seen.looked_at(particles) for particles in chunks.draw()])
+        self._warn(weights)
         return weights
+
+    def _warn(self, weights: LogWeights) -> None:
+        """Warns where all K are impossible, if these are all."""
+        if self.num_particles == self.whole:
+            self.seen.warn_of((weights.log_weights == -math.inf).all(0), self.whole)
 
     def values(self) -> LogWeights:
         """The weights of all K without a graph, and nothing else that is a number for each particle."""
@@ -177,24 +201,24 @@ class Chunks:
         return weights
 
     def _values(self, *, as_expected: bool = False) -> LogWeights | None:
-        found, seen = list[LogWeights](), Impossible()
+        found = list[LogWeights]()
         for particles in self.draw():
-            found.append(seen.looked_at(particles, children=False).mapped(Tensor.detach))
+            found.append(self.seen.looked_at(particles, children=False).mapped(Tensor.detach))
             same = particles.structure is self.structure
             del particles
             if as_expected and not same:
                 return None
         weights = LogWeights.joined(found)
-        seen.warn(weights)
+        self._warn(weights)
         return weights
 
-    def _remade(self, seen: Impossible) -> Iterator[LogWeights]:
+    def _remade(self) -> Iterator[LogWeights]:
         settled = dict(self.indices)
         for start, stop in self.edges:
 
             def run(count: int = stop - start, known: Mapping[str, Tensor] = dict(settled)) -> LogWeights:
                 minibatch = replace(self, indices=known)._minibatch()  # what the first chunk draws, it draws again
-                weights = seen.looked_at(self._weigh(count, minibatch))
+                weights = self.seen.looked_at(self._weigh(count, minibatch))
                 settled.update(minibatch.indices)
                 return weights
 
@@ -224,26 +248,37 @@ class Chunks:
         Raises:
             ValueError: where the second pass does not draw the particles of the first.
         """
-        chunks, first = self._first_pass()
+        chunks, first = self.first_pass()
         totals = totals_of(first)
-        piecemeal, faulty = Piecemeal(retain_graph=retain_graph), None
+        piecemeal = Piecemeal(retain_graph=retain_graph)
+        faulty = chunks.second_pass(piecemeal, first, totals, surrogate_of, recording)
+        return faulty, piecemeal.delivered(-first.total(totals.value))
+
+    def second_pass(
+        self,
+        piecemeal: Piecemeal,
+        first: LogWeights,
+        totals: Totals,
+        surrogate_of: Callable[[LogWeights, Totals], Tensor],
+        recording: Recording,
+    ) -> Particles | None:
+        """Draws the same particles with a graph, and sends each chunk back; one that has put NaN into the gradient."""
+        chunks, faulty = self, None
         with pyro.validation_enabled(False):  # the first pass has checked the same values
             for (start, stop), particles in zip(chunks.edges, chunks.draw(recording), strict=True):
-                weights, part = particles.weights, totals.part(start, stop)
+                weights, part = particles.weights, totals.part(self.first + start, self.first + stop)
                 require_replayed(weights.log_weights, first.log_weights[start:stop])
-                surrogate, share = surrogate_of(weights, part), (stop - start) / self.num_particles
-                constant = {name: share * value for name, value in weights.constant.items()}
-                value = share * totals.value + (surrogate - surrogate.detach())
-                if not piecemeal.add(-replace(weights, constant=constant).total(value)) and faulty is None:
+                loss = loss_of_part(weights, totals, surrogate_of(weights, part), (stop - start) / self.whole)
+                if not piecemeal.add(loss) and faulty is None:
                     faulty = particles
-                del particles, weights, surrogate, constant, value
+                del particles, weights, loss
         if chunks.guide is not None:
             chunks.guide.send_back(piecemeal)
             if faulty is not None:
                 faulty.pairs[0].guide.nodes.update(chunks.guide.params)
-        return faulty, piecemeal.delivered(-first.total(totals.value))
+        return faulty
 
-    def _first_pass(self) -> tuple[Chunks, LogWeights]:
+    def first_pass(self) -> tuple[Chunks, LogWeights]:
         """All weights without a graph, and how they were drawn; all that is random or counted is put back."""
         chunks = self
         for _ in range(MOST_STARTS):
@@ -261,8 +296,7 @@ class Chunks:
 
     @property
     def _question(self) -> Question:
-        minibatch = self._minibatch()
-        return Question(self.call, num_particles=self.num_particles, minibatch=minibatch, **self.options)
+        return Question(self.call, num_particles=self.whole, minibatch=self._minibatch(), **self.options)
 
     def with_guide_once(self, *, cut: bool) -> Chunks:
         """With a guide that has run, where that is enough; the indices of its plates are settled then.
@@ -309,6 +343,13 @@ class Chunks:
         return all(roughly_close(v, alone[k]) or not close(v, beside[1][k]) for k, v in beside[0].items())
 
 
+def loss_of_part(weights: LogWeights, totals: Totals, surrogate: Tensor, share: float) -> Tensor:
+    """What a part of the K particles has in the loss: its share of the value, and the gradient of its surrogate."""
+    constant = {name: share * value for name, value in weights.constant.items()}
+    value = share * totals.value + (surrogate - surrogate.detach())
+    return -replace(weights, constant=constant).total(value)
+
+
 def without_graph(fn: Callable[[], Result]) -> Result:
     """Runs something without a graph, to save memory; with one where model or guide takes gradients of its own."""
     try:
@@ -333,10 +374,6 @@ class Impossible:
             self.sites |= impossible_sites([terms_of(p, particles.layout, common) for p in particles.pairs])
         weights = replace(particles.weights, cut=None)
         return weights if children else replace(weights, score=None, score_log_q=None, children=())
-
-    def warn(self, weights: LogWeights) -> None:
-        """Warns where all K are."""
-        self.warn_of((weights.log_weights == -math.inf).all(0), weights.num_particles)
 
     def warn_of(self, impossible: Tensor, num_particles: int) -> None:
         """Warns of elements for which all K are."""

@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import replace
-from typing import Any
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import torch
 from pyro.infer import ELBO, Trace_ELBO, TraceEnum_ELBO
@@ -19,20 +21,25 @@ from torch import Tensor
 from pyro_iwae.backward import weigh_drawn
 from pyro_iwae.chunks import Chunks, chunks_of, require_chunk_size
 from pyro_iwae.compiled import CompiledSteps
+from pyro_iwae.distributed import Ranks
 from pyro_iwae.gradients import OVIS, Coefficients, PathGradient, Pathwise, SampledBackward, ScoreGradient
 from pyro_iwae.logweights import LogWeights
 from pyro_iwae.objectives import Objective
 from pyro_iwae.options import as_count, require_callables, require_options
 from pyro_iwae.particles import Call
 from pyro_iwae.plates import latent_sites, nesting
+from pyro_iwae.sharing import Sharing
 from pyro_iwae.state import get_random_state, set_random_state
 from pyro_iwae.step import handed_out
 from pyro_iwae.structure import StructureCache
 from pyro_iwae.terms import outer_scale, terms_of
-from pyro_iwae.totals import Totals
+from pyro_iwae.totals import LogMean, Totals
 from pyro_iwae.traces import Recording, fill_densities, require_site_shapes, run_pair
 from pyro_iwae.tree import PlateParticles
 from pyro_iwae.weighing import Particles, impossible_sites, weigh_particles
+
+if TYPE_CHECKING:
+    from torch.distributed import DeviceMesh, ProcessGroup
 
 __all__ = ["ImportanceWeightedELBO"]
 
@@ -140,6 +147,7 @@ class ImportanceWeightedELBO(ELBO):
         score: ScoreGradient | None = None,
         compile: bool = False,
         chunk_size: int | None = None,
+        process_group: ProcessGroup | DeviceMesh | None = None,
     ) -> None:
         super().__init__(
             num_particles=as_count("num_particles", num_particles),
@@ -170,6 +178,7 @@ class ImportanceWeightedELBO(ELBO):
                 "beside it; write compile=False, or gradient=SampledBackward() alone, whose memory is small"
             )
         self.chunk_size = require_chunk_size(chunk_size, combine=combine)
+        self.process_group = process_group
         if isinstance(gradient, SampledBackward) and chunk_size is not None and gradient.draws > chunk_size:
             raise ValueError(
                 f"expected chunk_size >= {gradient.draws}, the particles that {gradient!r} goes back through together, "
@@ -177,6 +186,8 @@ class ImportanceWeightedELBO(ELBO):
             )
         self._structures = StructureCache()
         self._recorded = CompiledSteps(self._step)
+        if self._ranks is not None:
+            self._ranks.share(self.num_particles)  # is there one for each?
         if objective is not None:
             objective.totals(torch.zeros(self.num_particles))  # does K suit it?
 
@@ -191,7 +202,8 @@ class ImportanceWeightedELBO(ELBO):
 
         Returns:
             The log weights, shape ``(K, *independent plates)``, in nats, with what belongs to them. Under
-            ``chunk_size`` their graph is made again, chunk by chunk, when ``backward()`` goes through it.
+            ``chunk_size`` their graph is made again, chunk by chunk, when ``backward()`` goes through it. Under
+            ``process_group`` they are those of all processes, and have no graph.
 
         Raises:
             TypeError: where model or guide is not callable.
@@ -199,6 +211,9 @@ class ImportanceWeightedELBO(ELBO):
                 independent meets K > 1. The message names the site and plate and says what to write instead.
         """
         call = Call(model, guide, args, kwargs)
+        if self._ranks is not None:
+            with self._shared(call, "log_weights") as sharing:
+                return sharing.all_weights()
         chunks = self._chunks(call)
         return self._draw(call).weights if chunks is None else chunks.weigh()
 
@@ -209,8 +224,12 @@ class ImportanceWeightedELBO(ELBO):
         scaled sum of all.
 
         Returns:
-            Shape ``(*independent plates)``, a scalar where no plate is independent.
+            Shape ``(*independent plates)``, a scalar where no plate is independent; under ``process_group`` without a
+            graph.
         """
+        if self._ranks is not None:
+            with self._shared(Call(model, guide, args, kwargs), "bound") as sharing:
+                return self._shared_totals(sharing)[1].value
         weights = self.log_weights(model, guide, *args, **kwargs)
         if self.objective is None:
             return weights.bound()
@@ -221,6 +240,9 @@ class ImportanceWeightedELBO(ELBO):
 
     def loss(self, model: Program, guide: Program, *args: Any, **kwargs: Any) -> float:
         """Minus the bound, scaled and summed over elements, in nats."""
+        if self._ranks is not None:
+            with self._shared(Call(model, guide, args, kwargs), "loss") as sharing:
+                return -torch_item(sharing.value(*self._shared_totals(sharing)))
         if self._is_single:  # any objective is the ELBO then, whatever its gradient
             return float(self._single("loss", model, guide, args, kwargs))
         weights = self._values(Call(model, guide, args, kwargs))
@@ -229,11 +251,11 @@ class ImportanceWeightedELBO(ELBO):
     def differentiable_loss(self, model: Program, guide: Program, *args: Any, **kwargs: Any) -> Tensor:
         """The loss as a scalar tensor whose ``backward()`` gives the gradient estimate."""
         call = Call(model, guide, args, kwargs)
-        if self.compile and torch.is_grad_enabled():
+        if self.compile and self._ranks is None and torch.is_grad_enabled():
             result = self._recorded.step(call, self._frozen)
             if result is not None:
                 return handed_out(result)
-        if self._is_pyros:
+        if self._ranks is None and self._is_pyros:
             return self._single("differentiable_loss", model, guide, args, kwargs)
         return self._step(call)[1]
 
@@ -244,11 +266,11 @@ class ImportanceWeightedELBO(ELBO):
             ValueError: also where a parameter's gradient comes out as NaN because a site's log density is -inf.
         """
         call = Call(model, guide, args, kwargs)
-        if self.compile and torch.is_grad_enabled():
+        if self.compile and self._ranks is None and torch.is_grad_enabled():
             result = self._recorded.step(call, self._frozen)
             if result is not None:
                 return result.accumulated()
-        if self._is_pyros:
+        if self._ranks is None and self._is_pyros:
             return float(self._single("loss_and_grads", model, guide, args, kwargs))
         particles, loss = self._step(call)
         if loss.requires_grad:
@@ -318,43 +340,115 @@ class ImportanceWeightedELBO(ELBO):
 
     def _step(self, call: Call) -> tuple[Particles | None, Tensor]:
         """The loss, value of the objective and gradient of the surrogates; and the particles, if all were there."""
-        gradient = self.gradient
+        if self._ranks is not None:
+            return None, self._shared_loss(call)
         if not torch.is_grad_enabled():
             weights = self._values(call)
             return None, -weights.total(self._totals(weights).value)
-        if isinstance(gradient, SampledBackward) and self.num_particles <= gradient.draws:
-            gradient = gradient.inner
-        separates = self.objective is not None and self.objective.separates
-        recording = Recording(cut=gradient.cuts or separates, leaves_out=gradient.cuts)
-        if isinstance(gradient, SampledBackward) and self._wanted is not None:
-            raise NotImplementedError(
-                "SampledBackward draws among particles of the root, and has no gradient where plates have particles of "
-                f"their own; write gradient={gradient.inner!r} with plate_particles={self.plate_particles!r}"
-            )
+        gradient, recording = self._estimator(self.num_particles)
         chunks = None if isinstance(gradient, SampledBackward) else self._chunks(call)
         if chunks is not None:
             return chunks.loss(
                 self._totals,
-                lambda weights, totals: gradient.surrogate(weights, totals) + self.score.surrogate(weights, totals),
+                partial(self._surrogate, gradient),
                 recording=recording,
                 retain_graph=self.retain_graph,
             )
-        if not isinstance(gradient, SampledBackward):
-            particles = self._draw(call, recording)
-            weights, totals = particles.weights, self._totals(particles.weights)
-            surrogate = gradient.surrogate(weights, totals)
-        else:
-            block = min(max(PARTICLES_PER_PASS, 2 * gradient.draws), self.chunk_size or self.num_particles)
-            particles = self._draw(call, replace(recording, model=False, block=block))
-            totals = self._totals(particles.weights)
-            coefficients = gradient.coefficients(particles.weights, totals)
-            index, count = gradient.draw(coefficients.model)
-            weights = weigh_drawn(call, particles, index, count)
-            surrogate = coefficients.drawn(index, count).surrogate(weights)
+        particles = self._draw(call, recording)
+        totals = self._totals(particles.weights)
         if self.num_particles == 1:
             _require_sampled(particles)
-        surrogate = surrogate + self.score.surrogate(particles.weights, totals)
+        weights, surrogate = self._estimate(gradient, call, particles, totals)
         return particles, -weights.total(totals.value + (surrogate - surrogate.detach()))
+
+    def _estimator(self, together: int) -> tuple[PathGradient, Recording]:
+        """The estimator, and what it needs recorded of so many particles that run together."""
+        gradient = self.gradient
+        if isinstance(gradient, SampledBackward) and together <= gradient.draws:
+            gradient = gradient.inner
+        separates = self.objective is not None and self.objective.separates
+        recording = Recording(cut=gradient.cuts or separates, leaves_out=gradient.cuts)
+        if not isinstance(gradient, SampledBackward):
+            return gradient, recording
+        if self._wanted is not None:
+            raise NotImplementedError(
+                "SampledBackward draws among particles of the root, and has no gradient where plates have particles of "
+                f"their own; write gradient={gradient.inner!r} with plate_particles={self.plate_particles!r}"
+            )
+        block = min(max(PARTICLES_PER_PASS, 2 * gradient.draws), self.chunk_size or together)
+        return gradient, replace(recording, model=False, block=block)
+
+    def _surrogate(self, gradient: PathGradient, weights: LogWeights, totals: Totals) -> Tensor:
+        return gradient.surrogate(weights, totals) + self.score.surrogate(weights, totals)
+
+    def _estimate(
+        self, gradient: PathGradient, call: Call, particles: Particles, totals: Totals
+    ) -> tuple[LogWeights, Tensor]:
+        """The weights of the particles that are sent back, and the surrogate."""
+        if not isinstance(gradient, SampledBackward):
+            return particles.weights, self._surrogate(gradient, particles.weights, totals)
+        coefficients = gradient.coefficients(particles.weights, totals)
+        index, count = gradient.draw(coefficients.model)
+        weights = weigh_drawn(call, particles, index, count)
+        surrogate = coefficients.drawn(index, count).surrogate(weights)
+        return weights, surrogate + self.score.surrogate(particles.weights, totals)
+
+    # Particles shared out over processes
+
+    @property
+    def process_group(self) -> ProcessGroup | DeviceMesh | None:
+        """The processes that share the particles."""
+        return self._group
+
+    @process_group.setter
+    def process_group(self, group: ProcessGroup | DeviceMesh | None) -> None:
+        self._group, self._ranks = group, Ranks.of(group)
+        if self._ranks is not None:
+            self._require_shareable()
+
+    def _shared(self, call: Call, what: str) -> AbstractContextManager[Sharing]:
+        assert self._ranks is not None
+        require_callables(call.model, call.guide)
+        count = as_count("num_particles", self.num_particles)
+        self._require_shareable()
+        way = self.objective, self.gradient, self.score
+        return Sharing.begun(self._ranks, what, call, count, self.chunk_size, self._options(), way)
+
+    def _require_shareable(self) -> None:
+        if self.compile:
+            raise NotImplementedError(
+                "compile=True records the step of one process, got process_group beside it; write compile=False"
+            )
+        if self.combine:
+            raise NotImplementedError(
+                "combine=True weighs every combination of particles at once, of which each process would have a part "
+                "alone; write combine=False, or leave process_group out"
+            )
+
+    def _shared_totals(self, sharing: Sharing) -> tuple[LogWeights, Totals]:
+        """The weights of this process's particles, and the objective at all K."""
+        weights = sharing.values()
+        return weights, sharing.totals(weights, self._totals_of_part, set)
+
+    def _shared_loss(self, call: Call) -> Tensor:
+        with self._shared(call, "a step" if torch.is_grad_enabled() else "loss") as sharing:
+            if not torch.is_grad_enabled():
+                return -sharing.value(*self._shared_totals(sharing))
+            start, stop = sharing.part
+            gradient, recording = self._estimator(stop - start)
+            return sharing.loss(
+                self._totals_of_part,
+                partial(self._estimate, gradient, call),
+                partial(self._surrogate, gradient),
+                recording=recording,
+                whole=isinstance(gradient, SampledBackward),
+                retain_graph=self.retain_graph,
+            )
+
+    def _totals_of_part(self, log_weights: Tensor, start: int, count: int) -> Totals:
+        if self.objective is None:
+            return LogMean.of(log_weights)
+        return self.objective.totals_of_part(log_weights, start, count)
 
     # One particle: Pyro's own estimators, on traces that are checked here.
 

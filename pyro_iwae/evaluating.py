@@ -20,12 +20,12 @@ from pyro.poutine.messenger import block_messengers
 from torch import Tensor
 from tqdm import tqdm
 
-from pyro_iwae.batches import Source, fingerprint, seeded
+from pyro_iwae.batches import Source, fingerprint
 from pyro_iwae.evaluation import Evaluation, require_constant
 from pyro_iwae.options import as_count, require_callables, require_options
 from pyro_iwae.particles import Call
 from pyro_iwae.parts import Part
-from pyro_iwae.state import unchanged_state
+from pyro_iwae.state import seeded, unchanged_state
 from pyro_iwae.structure import StructureCache
 from pyro_iwae.tree import PlateParticles
 

@@ -17,6 +17,7 @@ from torch import Tensor
 from pyro_iwae.decisions import is_recording, unrecorded
 from pyro_iwae.densities import spread
 from pyro_iwae.plates import PARTICLES, Site, plate_scale
+from pyro_iwae.state import get_random_state, seeded, set_random_state
 
 __all__ = ["ENCLOSING", "EnclosingPlates", "Minibatch", "ParticlePlate", "enclosing_frames", "particle_plates"]
 
@@ -25,10 +26,15 @@ Around = Callable[[Program], Program]
 
 
 class Minibatch(Messenger):
-    """Draws the indices of each subsampled plate once, for all particles, for model and guide alike."""
+    """Draws the indices of each subsampled plate once, for all particles, for model and guide alike.
 
-    def __init__(self) -> None:
+    Args:
+        seed: what they are drawn from, the same wherever it is the same; None draws them as model and guide would.
+    """
+
+    def __init__(self, seed: int | None = None) -> None:
         super().__init__()
+        self.seed = seed
         self.indices: dict[str, Tensor] = {}
 
     def _pyro_sample(self, msg: Site) -> None:
@@ -38,6 +44,11 @@ class Minibatch(Messenger):
         elif site_is_subsample(msg) and is_recording() and _shows_all(msg["fn"]):
             with unrecorded():  # indices of all elements are numbers to loop over
                 msg["value"], msg["done"] = msg["fn"].sample(), True
+        elif site_is_subsample(msg) and self.seed is not None and msg["value"] is None and not msg["done"]:
+            random = get_random_state()
+            seeded(self.seed, "indices", msg["name"])
+            msg["value"], msg["done"] = msg["fn"].sample(), True
+            set_random_state(random)
 
     def _pyro_post_sample(self, msg: Site) -> None:
         if site_is_subsample(msg):

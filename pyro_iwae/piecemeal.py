@@ -96,6 +96,15 @@ class Piecemeal:
         self._leaves.pop(id(leaf), None)
         return self._gradients.pop(id(leaf), None)
 
+    def each(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """The leaves, and what has come to them."""
+        for number, leaf in self._leaves.items():
+            yield leaf, self._gradients[number]
+
+    def put(self, leaf: Tensor, gradient: Tensor) -> None:
+        """Has a leaf be handed this gradient, in the place of what has come to it."""
+        self._leaves[id(leaf)], self._gradients[id(leaf)] = leaf, gradient
+
     def delivered(self, value: Tensor) -> Tensor:
         """The sum's value, as a tensor whose ``backward()`` hands out the gradients."""
         if not self._leaves:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -14,7 +15,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-__all__ = ["LogMean", "Mean", "Totals"]
+__all__ = ["Gather", "LogMean", "Mean", "Totals"]
+
+Gather = Callable[[Tensor], Tensor]  # what each process has, along a new first dimension
 
 
 class Totals(ABC):
@@ -73,6 +76,15 @@ class Totals(ABC):
         """The same objective, to be asked about particles ``start`` to ``stop``; only groups tell these apart."""
         return self
 
+    @abstractmethod
+    def gathered(self, gather: Gather, count: int) -> Totals:
+        """The objective at all K particles, of which each process has a part; the same in each.
+
+        Args:
+            gather: puts what each process has along a new first dimension.
+            count: K.
+        """
+
     def advantage(
         self, log_weights: Float[Tensor, "particles *plates"], *, balance: float | Tensor = 0.0
     ) -> Float[Tensor, "particles *plates"]:
@@ -117,6 +129,12 @@ class LogMean(Totals):
         smaller = torch.minimum(self.largest, other.largest)
         rest = torch.logaddexp(torch.logaddexp(self.rest, other.rest), smaller)
         return LogMean(largest, rest, self.count + other.count, self.power)
+
+    def gathered(self, gather: Gather, count: int) -> LogMean:
+        parts = gather(torch.stack([self.largest, self.rest]))
+        largest, position = parts[:, 0].max(0, keepdim=True)
+        others = parts[:, 0].scatter(0, position, -math.inf)
+        return LogMean(largest.squeeze(0), torch.cat([others, parts[:, 1]]).logsumexp(0), count, self.power)
 
     @property
     def is_bound(self) -> bool:
@@ -176,6 +194,9 @@ class Mean(Totals):
     def of(cls, log_weights: Float[Tensor, "particles *plates"]) -> Mean:
         """Totals of one block of particles."""
         return cls(log_weights.detach().sum(0), log_weights.shape[0])
+
+    def gathered(self, gather: Gather, count: int) -> Mean:
+        return Mean(gather(self.total).sum(0), count)
 
     @property
     def value(self) -> Float[Tensor, "*plates"]:

@@ -18,7 +18,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from pyro_iwae.objectives.objective import Objective
-from pyro_iwae.totals import LogMean, Mean, Totals
+from pyro_iwae.totals import Gather, LogMean, Mean, Totals
 
 __all__ = ["CIWAE"]
 
@@ -68,6 +68,9 @@ class _Mixed(Totals):
     @property
     def linear(self) -> bool:  # type: ignore[override]
         return self.beta == 1.0
+
+    def gathered(self, gather: Gather, count: int) -> _Mixed:
+        return _Mixed(self.beta, self.elbo.gathered(gather, count), self.bound.gathered(gather, count))
 
     def _mix(self, elbo: Tensor, bound: Tensor) -> Tensor:
         if self.beta in (0.0, 1.0):  # the other may be -inf

@@ -12,6 +12,7 @@ Reference: "Tighter Variational Bounds Are Not Necessarily Better" (Rainforth, K
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 
 import torch
@@ -20,7 +21,7 @@ from torch import Tensor
 
 from pyro_iwae.objectives.objective import Objective
 from pyro_iwae.options import as_count
-from pyro_iwae.totals import LogMean, Totals
+from pyro_iwae.totals import Gather, LogMean, Totals
 
 __all__ = ["MIWAE", "Groups"]
 
@@ -59,6 +60,9 @@ class MIWAE(Objective):
     def totals(self, log_weights: Float[Tensor, "particles *plates"]) -> Totals:
         return Groups.of(log_weights, self.groups)
 
+    def totals_of_part(self, log_weights: Float[Tensor, "particles *plates"], start: int, count: int) -> Totals:
+        return Groups.of_part(log_weights, self.groups, start, count)
+
 
 @dataclass(frozen=True, eq=False)
 class Groups(Totals):
@@ -92,6 +96,18 @@ class Groups(Totals):
         # (particles, *plates) as (particles of a group, groups, *plates)
         split = log_weights.unflatten(0, (groups, -1)).transpose(0, 1)
         return cls(LogMean.of(split), groups, 0, count)
+
+    @classmethod
+    def of_part(
+        cls, log_weights: Float[Tensor, "particles *plates"], groups: int, start: int, count: int
+    ) -> Groups:
+        """Totals of particles ``start`` and following among ``count``; the others are impossible as yet."""
+        everyone = log_weights.new_full((count, *log_weights.shape[1:]), -math.inf)
+        everyone[start : start + len(log_weights)] = log_weights.detach()
+        return cls.of(everyone, groups)
+
+    def gathered(self, gather: Gather, count: int) -> Groups:
+        return replace(self, each=self.each.gathered(gather, self.each.count), start=0, stop=count)
 
     def part(self, start: int, stop: int) -> Groups:
         return replace(self, start=start, stop=stop)

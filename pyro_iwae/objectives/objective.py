@@ -34,3 +34,13 @@ class Objective(ABC):
         Raises:
             ValueError: where K does not suit it.
         """
+
+    def totals_of_part(self, log_weights: Float[Tensor, "particles *plates"], start: int, count: int) -> Totals:
+        """What some of the particles have in it, to be gathered with what the others have.
+
+        Args:
+            log_weights: of particles ``start`` and following.
+            start: the first one's number.
+            count: K.
+        """
+        return self.totals(log_weights)

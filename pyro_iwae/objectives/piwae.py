@@ -20,7 +20,7 @@ from torch import Tensor
 from pyro_iwae.objectives.miwae import Groups
 from pyro_iwae.objectives.objective import Objective
 from pyro_iwae.options import as_count
-from pyro_iwae.totals import LogMean, Totals
+from pyro_iwae.totals import Gather, LogMean, Totals
 
 __all__ = ["PIWAE"]
 
@@ -67,6 +67,13 @@ class PIWAE(Objective):
             return whole
         return _Parted(whole.largest, whole.rest, whole.count, own=Groups.of(log_weights, self.groups))
 
+    def totals_of_part(self, log_weights: Float[Tensor, "particles *plates"], start: int, count: int) -> Totals:
+        whole = LogMean.of(log_weights)
+        if self.groups == 1:
+            return whole
+        own = Groups.of_part(log_weights, self.groups, start, count)
+        return _Parted(whole.largest, whole.rest, whole.count, own=own)
+
 
 @dataclass(frozen=True, eq=False)
 class _Parted(LogMean):
@@ -75,6 +82,11 @@ class _Parted(LogMean):
     @property
     def guide(self) -> Totals:
         return self if self.own is None else self.own
+
+    def gathered(self, gather: Gather, count: int) -> _Parted:
+        whole = super().gathered(gather, count)
+        own = None if self.own is None else self.own.gathered(gather, count)
+        return _Parted(whole.largest, whole.rest, count, own=own)
 
     def part(self, start: int, stop: int) -> _Parted:
         return self if self.own is None else replace(self, own=self.own.part(start, stop))

@@ -24,7 +24,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from pyro_iwae.objectives.objective import Objective
-from pyro_iwae.totals import LogMean, Totals
+from pyro_iwae.totals import Gather, LogMean, Totals
 
 __all__ = ["TVO"]
 
@@ -84,6 +84,13 @@ class _Tilted:
         mean = ((beta * log_weights - log_sum).exp() * finite).sum(0)
         return cls(beta, log_sum, torch.where(log_sum == -math.inf, -math.inf, mean))
 
+    def gathered(self, gather: Gather) -> _Tilted:
+        both = gather(torch.stack([self.log_sum, self.mean]))
+        log_sum = both[:, 0].logsumexp(0)
+        shares = torch.where(both[:, 0] == -math.inf, 0.0, (both[:, 0] - log_sum).exp())
+        mean = torch.where(shares == 0.0, 0.0, shares * both[:, 1]).sum(0)  # 0 * -inf is NaN
+        return _Tilted(self.beta, log_sum, torch.where(log_sum == -math.inf, -math.inf, mean))
+
     def _share_and_pull(self, log_weights: Tensor) -> tuple[Tensor, Tensor]:
         """v_k, and u_k = 1 + beta (log w_k - m), so that dm / dlog w_k = v_k u_k; 0 for impossible particles."""
         impossible = log_weights == -math.inf
@@ -110,6 +117,9 @@ class _Riemann(Totals):
     bound: LogMean
 
     rising = False
+
+    def gathered(self, gather: Gather, count: int) -> _Riemann:
+        return _Riemann(self.widths, [p.gathered(gather) for p in self.parts], self.bound.gathered(gather, count))
 
     @property
     def linear(self) -> bool:  # type: ignore[override]

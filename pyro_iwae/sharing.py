@@ -1,0 +1,384 @@
+# Copyright Contributors to the pyro_iwae project.
+# SPDX-License-Identifier: Apache-2.0
+
+"""K particles shared out over processes: each weighs its part, all know the objective at all K, gradients are summed.
+
+A part is to the K what a chunk is: its particles' coefficients come from the totals over all, so that the gradients of
+all parts add up to that of one process with the same K particles. What is sent does not grow with K: totals, a few
+numbers for each independent element, and gradients, one number for each parameter.
+"""
+
+from __future__ import annotations
+
+import math
+import struct
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
+
+import pyro
+import torch
+from pyro import poutine
+from torch import Tensor
+
+from pyro_iwae.chunks import Chunks, chunks_of, loss_of_part, without_graph
+from pyro_iwae.distributed import Ranks, checksum, number_of
+from pyro_iwae.logweights import LogWeights
+from pyro_iwae.particles import Call
+from pyro_iwae.piecemeal import Piecemeal
+from pyro_iwae.state import module_behind, unchanged_state
+from pyro_iwae.terms import outer_scale, terms_of
+from pyro_iwae.totals import Totals
+from pyro_iwae.traces import Recording
+from pyro_iwae.turns import Turn
+from pyro_iwae.verdicts import Question
+from pyro_iwae.weighing import Particles, impossible_sites, warn_of_impossible, weigh_particles
+
+__all__ = ["Sharing"]
+
+Result = TypeVar("Result")
+TotalsOfPart = Callable[[Tensor, int, int], Totals]
+Estimate = Callable[[Particles, Totals], tuple[LogWeights, Tensor]]
+APART = 1e-4  # of a log density, by which other hardware may round it
+
+
+@dataclass(frozen=True)
+class Sharing:
+    """One call in which particles are shared out.
+
+    Attributes:
+        turn: the call.
+        call: what is run.
+        num_particles: K.
+        chunk_size: at most so many particles in the memory of one process; None is all of its part.
+        options: those of :func:`~pyro_iwae.weighing.weigh_particles`.
+    """
+
+    turn: Turn
+    call: Call
+    num_particles: int
+    chunk_size: int | None
+    options: Mapping[str, Any]
+
+    @classmethod
+    @contextmanager
+    def begun(
+        cls,
+        ranks: Ranks,
+        what: str,
+        call: Call,
+        num_particles: int,
+        chunk_size: int | None,
+        options: Mapping[str, Any],
+        way: Any = None,
+    ) -> Iterator[Sharing]:
+        """Begins a call, known by ``what`` it is; ``way`` is what else must be the same in all processes.
+
+        Raises:
+            ValueError: where there are fewer particles than processes, or the processes were given different things.
+        """
+        ranks.share(num_particles)
+        known = num_particles, *(options[n] for n in ("vectorize", "max_plate_nesting", "plate_particles")), way
+        with Turn.begun(ranks, what, (call.args, call.kwargs), known) as turn:
+            yield cls(turn, call, num_particles, chunk_size, options)
+
+    @property
+    def ranks(self) -> Ranks:
+        """The processes."""
+        return self.turn.ranks
+
+    @property
+    def part(self) -> tuple[int, int]:
+        """The particles of this process, from the first to one after the last."""
+        return self.ranks.share(self.num_particles)
+
+    # This process's part
+
+    def weigh(self, recording: Recording | None = None) -> Particles:
+        """Weighs the particles of this process together."""
+        start, stop = self.part
+        return weigh_particles(
+            self.call,
+            num_particles=stop - start,
+            among=self.num_particles,
+            minibatch=self.turn.minibatch,
+            recording=recording,
+            **self.options,
+        )
+
+    def chunks(self) -> Chunks | None:
+        """How they are run if they are more than may be in memory; None if not."""
+        start, stop = self.part
+        return chunks_of(
+            self.call,
+            num_particles=stop - start,
+            chunk_size=self.chunk_size,
+            minibatch=self.turn.minibatch,
+            first=start,
+            among=self.num_particles,
+            **self.options,
+        )
+
+    def drawn(self, draw: Callable[[], Result], weights_of: Callable[[Result], LogWeights]) -> Result:
+        """What this process draws with random numbers of its own, once it is seen that the others' goes with it.
+
+        Args:
+            draw: draws it.
+            weights_of: the weights of what was drawn.
+
+        Raises:
+            ValueError: where a process has another model, guide or data, or draws what another has drawn.
+        """
+
+        def alone() -> tuple[Result, list[int]]:
+            question = Question(
+                self.call, num_particles=self.num_particles, minibatch=self.turn.minibatch, **self.options
+            )
+            question.answer()  # with shared random numbers: verdict, and parameters that are made on the way
+            probe = self._probe() if self.turn.is_due else 0.0
+            with self.turn.own():
+                found = draw()
+            weights = weights_of(found)
+            shape = number_of(weights.plates, tuple(weights.log_weights.shape[1:]), sorted(weights.constant))
+            return found, [self.turn.stream, shape, _bits(probe)]
+
+        found, rows = self.ranks.attempt(alone)
+        streams, shapes, probes = zip(*rows, strict=True)
+        self.turn.require_apart(streams)
+        self.ranks.require_same(shapes, "plates of the same sizes", "give all the same model, guide and data")
+        self._require_like([_number(bits) for bits in probes])
+        return found
+
+    def _probe(self) -> float:
+        """Log weight of one particle that all processes draw alike."""
+
+        def weigh() -> LogWeights:
+            return weigh_particles(self.call, num_particles=1, minibatch=self.turn.minibatch, **self.options).weights
+
+        with poutine.block(), unchanged_state(self.call.model, self.call.guide):
+            weights = without_graph(weigh)
+        return float(weights.total(weights.log_weights[0]))
+
+    def _require_like(self, probes: Sequence[float]) -> None:
+        first = probes[0]
+        like = [p == first or abs(p - first) <= APART * (1.0 + abs(first)) for p in probes]
+        self.ranks.require_same(
+            like,
+            "model, guide and data",
+            f"one particle, drawn from the same seed, has log weights {', '.join(f'{p:.6g}' for p in probes)}. Set one "
+            "seed in all processes before model and guide are made, so that their parameters begin alike (particles "
+            "differ all the same), and let functions hold the same data",
+        )
+
+    # All K
+
+    def values(self) -> LogWeights:
+        """The weights of this process's particles, without a graph and without what is inside them."""
+        return self.drawn(self._values, lambda weights: weights)
+
+    def _values(self) -> LogWeights:
+        chunks = self.chunks()
+        return without_graph(self.weigh).weights if chunks is None else chunks.values()
+
+    def all_values(self) -> LogWeights:
+        """The weights of all K, in every process."""
+        weights = self.values()
+        rows = self.ranks.gather_rows(weights.log_weights, self.num_particles)
+        return replace(weights, log_weights=rows, score=None, score_log_q=None, cut=None, children=())
+
+    def all_weights(self) -> LogWeights:
+        """The same, with what is inside of them."""
+        weights = self.drawn(lambda: without_graph(self._whole), lambda weights: weights)
+        device = weights.log_weights.device
+        parts: list[LogWeights] = self.ranks.objects(weights.mapped(lambda t: t.detach().cpu()))
+        return LogWeights.joined(parts).mapped(lambda t: t.to(device))
+
+    def _whole(self) -> LogWeights:
+        chunks = self.chunks()
+        return self.weigh().weights if chunks is None else chunks.weigh()
+
+    def totals(self, weights: LogWeights, totals_of_part: TotalsOfPart, sites: Callable[[], set[str]]) -> Totals:
+        """The objective at all K; warns where all are impossible.
+
+        Args:
+            weights: of this process's particles.
+            totals_of_part: what these have in the objective.
+            sites: names of the sites at fault, if any is.
+        """
+        own = totals_of_part(weights.log_weights, self.part[0], self.num_particles)
+        totals = own.gathered(self.ranks.gather, self.num_particles)
+        if bool((totals.value == -math.inf).any()):
+            own_impossible = (weights.log_weights == -math.inf).all(0)
+            impossible = self.ranks.gather(own_impossible.to(torch.uint8)).bool().all(0)
+            if self.ranks.rank == 0:  # once is enough
+                warn_of_impossible(impossible, self.num_particles, sites)
+        return totals
+
+    def value(self, weights: LogWeights, totals: Totals) -> Tensor:
+        """The objective, scaled and summed."""
+        value = replace(weights, constant={}).total(totals.value)
+        if weights.constant:  # the same for all particles, but for randomness of the model's own
+            start, stop = self.part
+            share = (stop - start) / self.num_particles
+            constant = torch.stack([c.detach().sum() for c in weights.constant.values()]).sum()
+            value = value + self.ranks.gather(share * constant).sum(0)
+        return value
+
+    # Gradients
+
+    def loss(
+        self,
+        totals_of_part: TotalsOfPart,
+        estimate: Estimate,
+        surrogate_of: Callable[[LogWeights, Totals], Tensor],
+        *,
+        recording: Recording,
+        whole: bool,
+        retain_graph: bool | None,
+    ) -> Tensor:
+        """Minus the objective, as a scalar whose ``backward()`` hands out the gradient, the same in every process.
+
+        Args:
+            totals_of_part: what a part of the particles has in the objective.
+            estimate: from particles and the objective at all K to the weights that are sent back, and the surrogate.
+            surrogate_of: the same for a chunk of particles.
+            recording: what to record.
+            whole: whether this process's particles are to run together, whatever ``chunk_size`` is.
+            retain_graph: whether graphs made outside of model and guide are kept.
+        """
+        start, stop = self.part
+        piecemeal = Piecemeal(retain_graph=retain_graph)
+
+        def draw() -> tuple[Chunks | None, Particles | None, LogWeights]:
+            chunks = None if whole else self.chunks()
+            if chunks is None:
+                particles = self.weigh(recording)
+                return None, particles, particles.weights
+            chunks, weights = chunks.first_pass()
+            return chunks, None, weights
+
+        chunks, particles, weights = self.drawn(draw, lambda found: found[2])
+        totals = self.totals(weights, totals_of_part, lambda: _impossible_sites(chunks, particles))
+
+        def send_back() -> None:
+            if chunks is not None:
+                chunks.second_pass(piecemeal, weights, totals, surrogate_of, recording)
+            elif particles is not None:
+                sent, surrogate = estimate(particles, totals.part(start, stop))
+                piecemeal.add(loss_of_part(sent, totals, surrogate, (stop - start) / self.num_particles))
+
+        self._sent(piecemeal, send_back)
+        return piecemeal.delivered(-self.value(weights, totals).detach())
+
+    def _sent(self, piecemeal: Piecemeal, send_back: Callable[[], None]) -> None:
+        """Sends this process's particles back, and puts the sum over all processes into the place of what came."""
+
+        def alone() -> tuple[dict[str, Tensor], list[int]]:
+            with self.turn.own():
+                send_back()
+            named = self._named([leaf for leaf, _ in piecemeal.each()])
+            _refuse_faulty(piecemeal, named)
+            values = checksum(named) if self.turn.is_due else 0
+            return named, [self.turn.stream, number_of(_kinds(named)), values]
+
+        named, rows = self.ranks.attempt(alone)
+        streams, names, values = zip(*rows, strict=True)
+        self.turn.require_apart(streams)
+        if len(set(names)) > 1:
+            named = self._every(named)
+        elif len(set(values)) > 1:
+            self._require_same_parameters(named)
+        self._sum(piecemeal, named)
+
+    def _named(self, leaves: Sequence[Tensor]) -> dict[str, Tensor]:
+        """Tensors that have a gradient, by what they are called in every process, in that order."""
+        names = {id(p): n for n, p in self._parameters().items()}
+        named = {names[id(leaf)]: leaf for leaf in leaves if id(leaf) in names}
+        others = [leaf for leaf in leaves if id(leaf) not in names]
+        return dict(sorted(named.items())) | {f"a tensor without a name, {i + 1}": t for i, t in enumerate(others)}
+
+    def _parameters(self) -> dict[str, Tensor]:
+        found: dict[str, Tensor] = {}
+        for program in (self.call.model, self.call.guide):
+            module = module_behind(program)
+            found |= {} if module is None else dict(module.named_parameters(type(module).__name__))
+        return found | dict(pyro.get_param_store().named_parameters())
+
+    def _every(self, named: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """With those that only other processes' particles have met."""
+        every = sorted({kind for kinds in self.ranks.objects(_kinds(named)) for kind in kinds})
+        known = self._parameters() | dict(named)
+
+        def alone() -> tuple[dict[str, Tensor], list[int]]:
+            for name, shape, _ in every:
+                if name not in known or tuple(known[name].shape) != shape:
+                    raise ValueError(
+                        f"expected parameter '{name}' of shape {shape}, which another process's particles have met, "
+                        "to be here; ask for every parameter in every run of model and guide"
+                    )
+                if name not in named and name in pyro.get_param_store():
+                    pyro.param(name)  # SVI steps what it has seen asked for
+            return {name: known[name] for name, _, _ in every}, []
+
+        return self.ranks.attempt(alone)[0]
+
+    def _require_same_parameters(self, named: Mapping[str, Tensor]) -> None:
+        sums = self.ranks.objects({name: checksum(leaf) for name, leaf in named.items()})
+        name = next(n for n in named if len({known[n] for known in sums}) > 1)
+        self.ranks.require_same(
+            [known[name] for known in sums],
+            f"values of parameter '{name}'",
+            "set one seed in all processes before model and guide are made, or load the same checkpoint in all "
+            "(particles differ all the same); then do the same with the parameters in all",
+        )
+
+    def _sum(self, piecemeal: Piecemeal, named: Mapping[str, Tensor]) -> None:
+        """Sums gradients over processes, those of one dtype and device as one vector."""
+        own = {id(leaf): gradient for leaf, gradient in piecemeal.each()}
+        kinds: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}
+        for leaf in named.values():
+            kinds.setdefault((leaf.dtype, leaf.device), []).append(leaf)
+        for leaves in kinds.values():
+            gradients = [own.get(id(leaf), torch.zeros_like(leaf)).reshape(-1) for leaf in leaves]
+            total = self.ranks.sum(torch.cat(gradients))
+            for leaf, some in zip(leaves, total.split([leaf.numel() for leaf in leaves]), strict=True):
+                piecemeal.put(leaf, some.view_as(leaf))
+
+
+def _kinds(named: Mapping[str, Tensor]) -> list[tuple[str, tuple[int, ...], str]]:
+    return [(name, tuple(leaf.shape), str(leaf.dtype)) for name, leaf in named.items()]
+
+
+def _refuse_faulty(piecemeal: Piecemeal, named: Mapping[str, Tensor]) -> None:
+    """Raises where a gradient is NaN, which would spread to all, or sparse."""
+    names = {id(leaf): name for name, leaf in named.items()}
+    for leaf, gradient in piecemeal.each():
+        if gradient.is_sparse:
+            raise NotImplementedError(
+                f"process_group sums dense gradients, got a sparse one for parameter '{names[id(leaf)]}'; write "
+                "torch.nn.Embedding(sparse=False)"
+            )
+        if bool(gradient.isnan().any()):
+            raise ValueError(
+                f"the gradient of parameter '{names[id(leaf)]}' is NaN; where a site has log density -inf at some "
+                "particles with a slope that is not finite, keep the guide within the model's support, or bound what "
+                "the site computes (torch.where before the log, not after)"
+            )
+
+
+def _impossible_sites(chunks: Chunks | None, particles: Particles | None) -> set[str]:
+    if particles is None:
+        return set() if chunks is None else chunks.seen.sites
+    common = outer_scale(particles.pairs[0], particles.layout)
+    return impossible_sites([terms_of(p, particles.layout, common) for p in particles.pairs])
+
+
+def _bits(value: float) -> int:
+    bits: int = struct.unpack("q", struct.pack("d", value))[0]
+    return bits
+
+
+def _number(bits: int) -> float:
+    value: float = struct.unpack("d", struct.pack("q", bits))[0]
+    return value

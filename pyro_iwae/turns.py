@@ -1,0 +1,118 @@
+# Copyright Contributors to the pyro_iwae project.
+# SPDX-License-Identifier: Apache-2.0
+
+"""One call that all processes of a group make together: random numbers that they share, and some of each one's own.
+
+All of them come from the first process's generator, which moves on by one draw in each call. So it does not matter how
+the processes were seeded: particles differ, and whatever must be the same is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from pyro_iwae.distributed import Ranks, checksum, number_of
+from pyro_iwae.handlers import Minibatch
+from pyro_iwae.state import get_random_state, get_torch_state, seeded, set_random_state
+
+__all__ = ["Turn"]
+
+CHECKS = 1, 10, 100  # calls in which parameters are compared, beside every thousandth
+CHECK_EVERY = 1000
+
+
+@dataclass
+class Turn:
+    """One call.
+
+    Attributes:
+        ranks: the processes.
+        seed: of the call, the same in all.
+    """
+
+    ranks: Ranks
+    seed: int
+    _own: Any = field(default=None, repr=False)
+
+    @classmethod
+    @contextmanager
+    def begun(cls, ranks: Ranks, what: str, arguments: Any, options: Any) -> Iterator[Turn]:
+        """Begins a call; inside, random numbers are those that all share.
+
+        Args:
+            ranks: the processes.
+            what: which call.
+            arguments: of model and guide.
+            options: what else must be the same, and can be told by how it prints.
+
+        Raises:
+            ValueError: where another process makes another call, or has other arguments.
+        """
+        seed = int(torch.randint(2**62, ()))
+        _, rows = ranks.attempt(lambda: (None, [seed, number_of(what), number_of(repr(options)), checksum(arguments)]))
+        seeds, calls, ways, data = zip(*rows, strict=True)
+        ranks.require_same(calls, "call", f"all must make the calls that share particles in one order (here {what})")
+        ranks.require_same(ways, "options", f"here they are {options!r}")
+        ranks.require_same(
+            data,
+            "arguments of model and guide",
+            "each is to weigh particles for the same data: give all the same minibatch (the same seed for what "
+            "shuffles). To share out data, too, take a mesh of data x particles, and wrap "
+            "ImportanceWeightedELBO(process_group=mesh['particles'])(model, guide) into "
+            "DistributedDataParallel(process_group=mesh['data'].get_group())",
+        )
+        ranks.calls += 1
+        random = get_random_state()
+        try:
+            seeded(seeds[0])
+            yield cls(ranks, seeds[0])
+        finally:
+            set_random_state(random)
+
+    @property
+    def is_due(self) -> bool:
+        """Whether this call compares what hardly ever differs."""
+        return self.ranks.calls in CHECKS or self.ranks.calls % CHECK_EVERY == 0
+
+    @property
+    def minibatch(self) -> Minibatch:
+        """Draws the same indices in every process."""
+        return Minibatch(self.seed)
+
+    @contextmanager
+    def own(self) -> Iterator[None]:
+        """Random numbers of this process's own, which go on where they stopped."""
+        shared = get_random_state()
+        if self._own is None:
+            seeded(self.seed, "process", self.ranks.rank)
+        else:
+            set_random_state(self._own)
+        try:
+            yield
+        finally:
+            self._own = get_random_state()
+            set_random_state(shared)
+
+    @property
+    def stream(self) -> int:
+        """Where this process's own random numbers are: in no two processes at the same place."""
+        with self.own():
+            host, cuda = get_torch_state()
+        return number_of(host.numpy().tobytes(), *(c.numpy().tobytes() for c in cuda or ()))
+
+    def require_apart(self, streams: Any) -> None:
+        """Raises where two processes have drawn the same particles."""
+        first: dict[int, int] = {}
+        for rank, stream in enumerate(streams):
+            if stream in first:
+                raise ValueError(
+                    f"expected other random numbers in each process, got the same on {self.ranks.name(first[stream])} "
+                    f"and {self.ranks.name(rank)}, so that their particles are copies of each other: model or guide "
+                    "sets a seed. Set seeds before training, not inside of them"
+                )
+            first[stream] = rank
