@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from pyro_iwae.chunks import chunks_of
+from pyro_iwae.distributed import bits_of, number_of
 from pyro_iwae.drawn import settable
 from pyro_iwae.evidence import bounds, correction, draw_level, level_probability
 from pyro_iwae.given import weigh_at
@@ -25,7 +26,9 @@ from pyro_iwae.logweights import LogWeights
 from pyro_iwae.particles import Call
 from pyro_iwae.parts import UNBIASED, UPPER, Drawn, Probe
 from pyro_iwae.plates import Site, latent_sites
+from pyro_iwae.sharing import Sharing
 from pyro_iwae.state import module_behind, seeded
+from pyro_iwae.turns import Turn
 from pyro_iwae.weighing import Particles, weigh_particles
 
 __all__ = ["Source", "fingerprint"]
@@ -48,6 +51,7 @@ class Source:
         probe: of model, guide and these rows.
         posterior_draw: a draw from the exact posterior, if there is one.
         exact: its log weight, ``(*plates)``.
+        turn: the call, where particles are shared out over processes.
     """
 
     call: Call
@@ -60,6 +64,7 @@ class Source:
     probe: Probe
     posterior_draw: Mapping[str, Tensor] | None = None
     exact: Tensor | None = None
+    turn: Turn | None = None
 
     @classmethod
     def of(
@@ -69,12 +74,15 @@ class Source:
         chunk_size: int | None,
         options: Mapping[str, Any],
         posterior_draw: Mapping[str, Tensor] | None = None,
+        turn: Turn | None = None,
     ) -> Source:
-        """Looks at model and guide.
+        """Looks at model and guide; all processes at the same ones, where particles are shared out.
 
         Raises:
             ValueError: where the weights are no evidence.
         """
+        if turn is not None:
+            return cls._shared(turn, lambda: cls.of(call, num_particles, chunk_size, options, posterior_draw))
         minibatch = Minibatch()
         first = weigh_particles(call, num_particles=1, minibatch=minibatch, **options)
         _require_evidence(first)
@@ -98,6 +106,21 @@ class Source:
         weigh = partial(_weigh_alone, options=options)
         at, _ = weigh_at(call, draws, weigh, minibatch)
         return replace(found, exact=at.weights.log_weights.squeeze(0))
+
+    @classmethod
+    def _shared(cls, turn: Turn, look: Callable[[], Source]) -> Source:
+        """What all processes look at, and see the same."""
+
+        def alone() -> tuple[Source, list[int]]:
+            found = look()
+            return found, [number_of(found.key), number_of(found.parameters), bits_of(found.probe.total)]
+
+        found, rows = turn.ranks.attempt(alone)
+        keys, parameters, probes = zip(*rows, strict=True)
+        turn.ranks.require_same(keys, "data", "each is to weigh particles for the same rows")
+        turn.ranks.require_same(parameters, "model and guide", "load the same parameters in all")
+        turn.require_like(probes)
+        return replace(found, turn=turn)
 
     @property
     def key(self) -> str:
@@ -126,6 +149,9 @@ class Source:
         return Drawn(log_weights, weights.plates, constant, further, self.probe)
 
     def _weigh(self, count: int) -> LogWeights:
+        if self.turn is not None and count >= self.turn.ranks.size:
+            turn = self.turn.inner(self.minibatch.indices)
+            return Sharing(turn, self.call, count, self.chunk_size, self.options).all_values()
         options = {"minibatch": self.minibatch, **self.options}
         chunks = chunks_of(self.call, num_particles=count, chunk_size=self.chunk_size, **options)
         if chunks is not None:

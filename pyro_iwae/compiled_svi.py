@@ -191,3 +191,8 @@ def _require_whole(loss: ImportanceWeightedELBO) -> None:
             f"CompiledSVI records all particles as one graph, got a loss with chunk_size={loss.chunk_size}; write "
             "SVI(model, guide, optim, loss), or leave chunk_size out"
         )
+    if loss.process_group is not None:
+        raise NotImplementedError(
+            "CompiledSVI records the step of one process, got a loss with process_group; write SVI(model, guide, "
+            "optim, loss)"
+        )

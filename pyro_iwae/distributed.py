@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import builtins
 import hashlib
+import struct
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar
@@ -19,7 +20,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-__all__ = ["Ranks", "checksum", "number_of"]
+__all__ = ["Ranks", "bits_of", "checksum", "float_of", "number_of"]
 
 Result = TypeVar("Result")
 WIDTH = 8  # numbers in what attempt() tells
@@ -164,6 +165,19 @@ class Ranks:
             raise self._error(None)
         return result, [row[1 : 1 + len(own)] for row in rows]
 
+    def each(self, items: Iterator[Result]) -> Iterator[Result]:
+        """Goes through items in step with the others.
+
+        Raises:
+            ValueError: where they have fewer or more of them.
+        """
+        while True:
+            item, rows = self.attempt(lambda: ((found := next(items, None)), [found is None]))
+            self.require_same([row[0] for row in rows], "number of batches of data", "give all of them all the data")
+            if item is None:
+                return
+            yield item
+
     def _error(self, own: Exception | None) -> Exception:
         """The first error among the processes, as this one raises it."""
         said = self.objects(None if own is None else (type(own).__name__, str(own)))
@@ -228,6 +242,18 @@ def number_of(*values: Any) -> int:
     """A number of 62 bits that tells plain values from others, the same in every process."""
     digest = hashlib.sha256(repr(values).encode()).digest()
     return int.from_bytes(digest[:8], "big") >> 2
+
+
+def bits_of(value: float) -> int:
+    """A number's 64 bits as a whole number, to be told with others."""
+    bits: int = struct.unpack("q", struct.pack("d", value))[0]
+    return bits
+
+
+def float_of(bits: int) -> float:
+    """The opposite."""
+    value: float = struct.unpack("d", struct.pack("q", bits))[0]
+    return value
 
 
 def _sum_of_bits(value: Tensor) -> Tensor:

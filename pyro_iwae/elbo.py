@@ -90,6 +90,10 @@ class ImportanceWeightedELBO(ELBO):
             :class:`PIWAE`, :class:`CIWAE`, :class:`TVO`.
         gradient: estimator for the model and for reparameterised guide sites: :class:`Pathwise` (the default),
             :class:`StickTheLanding`, :class:`DoublyReparameterized`, :class:`SampledBackward`.
+        process_group: the processes over which the particles are shared out: a group of ``torch.distributed``, or a
+            ``DeviceMesh`` of one dimension. Each weighs its part and gets the loss of all K and, after ``backward()``,
+            the gradient of all K, as one process would with the same particles. All make the same calls with the same
+            data; random numbers differ by themselves. See ``docs/distributed``.
         chunk_size: at most so many particles in memory at once; None is all. Value and gradient are those of all K on
             the same particles, in a third more time. Where plates have particles of their own, those are counted that
             lie inside one chunk of the ``num_particles``, which must be one at least. The guide runs once where its
@@ -106,8 +110,9 @@ class ImportanceWeightedELBO(ELBO):
 
     Raises:
         TypeError: where an option has the wrong type.
-        ValueError: where ``num_particles`` or ``chunk_size`` is below 1.
-        NotImplementedError: where ``chunk_size`` meets ``combine=True``, whose inner particles serve all outer ones.
+        ValueError: where ``num_particles`` or ``chunk_size`` is below 1, or there are fewer particles than processes.
+        NotImplementedError: where ``chunk_size`` or ``process_group`` meets ``combine=True``, whose inner particles
+            serve all outer ones, or ``process_group`` meets ``compile=True``.
 
     Example::
 
@@ -427,8 +432,8 @@ class ImportanceWeightedELBO(ELBO):
 
     def _shared_totals(self, sharing: Sharing) -> tuple[LogWeights, Totals]:
         """The weights of this process's particles, and the objective at all K."""
-        weights = sharing.values()
-        return weights, sharing.totals(weights, self._totals_of_part, set)
+        weights, sites = sharing.values()
+        return weights, sharing.totals(weights, self._totals_of_part, sites)
 
     def _shared_loss(self, call: Call) -> Tensor:
         with self._shared(call, "a step" if torch.is_grad_enabled() else "loss") as sharing:

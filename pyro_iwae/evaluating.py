@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from pyro import poutine
@@ -21,6 +21,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from pyro_iwae.batches import Source, fingerprint
+from pyro_iwae.distributed import Ranks
 from pyro_iwae.evaluation import Evaluation, require_constant
 from pyro_iwae.options import as_count, require_callables, require_options
 from pyro_iwae.particles import Call
@@ -28,6 +29,10 @@ from pyro_iwae.parts import Part
 from pyro_iwae.state import seeded, unchanged_state
 from pyro_iwae.structure import StructureCache
 from pyro_iwae.tree import PlateParticles
+from pyro_iwae.turns import Turn
+
+if TYPE_CHECKING:
+    from torch.distributed import DeviceMesh, ProcessGroup
 
 __all__ = ["evaluate"]
 
@@ -54,6 +59,7 @@ def evaluate(
     posterior_draw: Mapping[str, Tensor] | None = None,
     save_to: str | os.PathLike[str] | None = None,
     save_every: float = 60.0,
+    process_group: ProcessGroup | DeviceMesh | None = None,
     vectorize_particles: bool | None = None,
     max_plate_nesting: float = math.inf,
     progress: bool = True,
@@ -90,6 +96,9 @@ def evaluate(
         save_to: a file. What is drawn is saved there every ``save_every`` seconds and at the end; where the file is
             there already, the run goes on from it, and gives what an unbroken one would have given.
         save_every: seconds; 0 saves each replicate.
+        process_group: the processes over which the particles of each replicate are shared out, as for
+            :class:`~pyro_iwae.ImportanceWeightedELBO`. All are given the same rows and get the same result; the first
+            one reads and writes the file. To share out rows, see :meth:`Evaluation.gathered`.
         vectorize_particles: as for :class:`~pyro_iwae.ImportanceWeightedELBO`.
         max_plate_nesting: likewise.
         progress: whether to show a bar.
@@ -139,20 +148,37 @@ def evaluate(
         "ks": _ladder(ks, num_particles),
         "plate_particles": None if wanted is None else repr(plate_particles),
     }
-    seed = int(torch.randint(2**62, ()))  # before random generators are looked after: the next run has another
-    kept = Evaluation((), facts, seed, _targets(target_ess, target_std_error))
+    targets = _targets(target_ess, target_std_error)
     total = num_replicates * (len(data) if hasattr(data, "__len__") else 1)  # type: ignore[arg-type]
-    with _apart(), unchanged_state(model, guide), tqdm(total=total, disable=not progress, desc="evaluate") as bar:
-        run = _Run(kept, num_replicates, most, save_to, save_every, bar)
-        run.go_on()
-        for position, rows in enumerate(_batches(data, unpack, args, kwargs)):
+    ranks = Ranks.of(process_group)
+    if ranks is not None:
+        ranks.share(num_particles)  # is there one for each?
+    way = facts, num_replicates, most, targets
+    with _begun(ranks, (args, kwargs), way) as (seed, turn), _apart(), unchanged_state(model, guide):
+        first = ranks is None or ranks.rank == 0
+        with tqdm(total=total, disable=not (progress and first), desc="evaluate") as bar:
+            kept = Evaluation((), facts, seed, targets)
+            run = _Run(kept, num_replicates, most, save_to, save_every, bar, ranks)
+            run.go_on()
+            batches = _batches(data, unpack, args, kwargs)
+            for position, rows in enumerate(batches if ranks is None else ranks.each(batches)):
 
-            def source(rows: _Rows) -> Source:
-                call = Call(model, guide, rows.args, rows.kwargs)
-                return Source.of(call, num_particles, chunk_size, options, posterior_draw)
+                def source(rows: _Rows) -> Source:
+                    call = Call(model, guide, rows.args, rows.kwargs)
+                    return Source.of(call, num_particles, chunk_size, options, posterior_draw, turn)
 
-            run.draw(rows, source, position, row_plate)
-        return run.finished()
+                run.draw(rows, source, position, row_plate)
+            return run.finished()
+
+
+@contextmanager
+def _begun(ranks: Ranks | None, arguments: Any, way: Any) -> Iterator[tuple[int, Turn | None]]:
+    """The run's seed, drawn before random generators are looked after, so that the next run has another one."""
+    if ranks is None:
+        yield int(torch.randint(2**62, ())), None
+        return
+    with Turn.begun(ranks, "evaluate", arguments, way) as turn:
+        yield turn.seed, turn
 
 
 @dataclass(frozen=True)
@@ -262,6 +288,7 @@ class _Run:
         path: str | os.PathLike[str] | None,
         save_every: float,
         bar: Any,
+        ranks: Ranks | None = None,
     ) -> None:
         self.kept = kept
         self.parts: dict[str, Part] = {}
@@ -271,22 +298,32 @@ class _Run:
         self.resumed = False
         self.given: set[str] = set()  # keys of the data that this run was given
         self.row_plate: str | None = None
+        self.ranks = ranks
 
     def go_on(self) -> None:
         """Takes up what an earlier run has saved."""
-        if self.path is None or not os.path.exists(self.path):
+        found = self._saved() if self.ranks is None else self._saved_by_first(self.ranks)
+        if found is None:
             return
-        found = Evaluation.load(self.path)
         differing = [n for n, v in self.kept.facts.items() if found.facts.get(n) != v]
         if differing:
             got = "; ".join(f"{n}: {found.facts.get(n)!r}, now {self.kept.facts[n]!r}" for n in differing)
             raise ValueError(
-                f"expected the file {os.fspath(self.path)!r} to hold a run made like this one, got another ({got}); "
+                f"expected the file {os.fspath(self.path or '')!r} to hold a run made like this one, got another ({got}); "
                 "take another file, or the same options"
             )
         self.kept = replace(found, targets=self.kept.targets)
         self.parts = {p.key: p for p in found.parts}
         self.resumed = True
+
+    def _saved(self) -> Evaluation | None:
+        return None if self.path is None or not os.path.exists(self.path) else Evaluation.load(self.path)
+
+    def _saved_by_first(self, ranks: Ranks) -> Evaluation | None:
+        """What the first process reads, in all of them."""
+        own, _ = ranks.attempt(lambda: (self._saved() if ranks.rank == 0 else None, []))
+        found: Evaluation | None = ranks.from_first(own)
+        return found
 
     def draw(self, rows: _Rows, source_of: Callable[[_Rows], Source], position: int, row_plate: str | None) -> None:
         """All replicates of some rows."""
@@ -309,11 +346,18 @@ class _Run:
             part = self._with(key, part, more if part is not None else replace(more, digests=rows.digests))
             done += 1
         while part is not None and done < self.most:
-            short = part.short(self.kept.targets)
+            short = self._of_first(part.short(self.kept.targets))
             if not bool(short.any()):
                 break
             part = self._with(key, part, self._further(part, short, rows, source, source_of, dim, done))
             done += 1
+
+    def _of_first(self, found: Tensor) -> Tensor:
+        """What the first process finds, where others may round in another way."""
+        if self.ranks is None or not self.kept.targets:
+            return found
+        decided: Tensor = self.ranks.from_first(found)
+        return decided
 
     def _replicate(self, source: Source, key: str, dim: int | None, done: int) -> Part:
         seed = seeded(self.kept.seed, key, done)
@@ -361,7 +405,8 @@ class _Run:
 
     def _save(self) -> None:
         assert self.path is not None
-        self._result().save(self.path)
+        if self.ranks is None or self.ranks.rank == 0:
+            self._result().save(self.path)
         self.saved = time.monotonic()
 
     def _result(self) -> Evaluation:

@@ -11,16 +11,21 @@ import os
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
-from typing import Any
+from functools import cached_property, reduce
+from operator import add
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from pyro_iwae.archive import read, write
 from pyro_iwae.diagnostics import khat_threshold
+from pyro_iwae.distributed import Ranks
 from pyro_iwae.estimates import Estimate
 from pyro_iwae.parts import DISTINCT, UNBIASED, UPPER, Part, Probe, bound_name, jackknife_name
+
+if TYPE_CHECKING:
+    from torch.distributed import DeviceMesh, ProcessGroup
 
 __all__ = ["Evaluation", "Total", "require_constant"]
 
@@ -229,6 +234,28 @@ class Evaluation:
                 "not the sum of theirs. Evaluate all data at once"
             )
         return replace(self, parts=found)
+
+    def gathered(self, process_group: ProcessGroup | DeviceMesh) -> Evaluation:
+        """The evaluations of all processes of a group added up, in all of them, in their order.
+
+        For data that are shared out: each process evaluates rows of its own, every row in one process alone::
+
+            rows = torch.arange(len(x)).chunk(dist.get_world_size())[dist.get_rank()]
+            own = evaluate(model, guide, data=DataLoader(TensorDataset(x[rows]), batch_size=256))
+            whole = own.gathered(dist.group.WORLD)
+
+        Args:
+            process_group: of ``torch.distributed``. A sampler that repeats rows, so that each process has as many
+                (``DistributedSampler``), would have these counted twice, which is warned of.
+
+        Raises:
+            ValueError: as ``+`` does.
+        """
+        ranks = Ranks.of(process_group)
+        if ranks is None:
+            return self
+        parts: list[Evaluation] = ranks.objects(self)
+        return reduce(add, parts)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes everything to a file (npz), which takes the place of an older one only when it is whole."""

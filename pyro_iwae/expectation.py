@@ -15,7 +15,7 @@ from torch import Tensor
 from pyro_iwae.crossing import cross_elements, separating_rounds
 from pyro_iwae.logweights import LogWeights
 from pyro_iwae.plates import Layout, Site
-from pyro_iwae.totals import LogMean
+from pyro_iwae.totals import Gather, LogMean
 
 __all__ = ["WeightedMean"]
 
@@ -64,6 +64,14 @@ class WeightedMean:
             share = self._totals.slope(before.log_sum.unsqueeze(0))  # of all that came before
             part = part + (self._align(share) * self.value.unsqueeze(0)).squeeze(0)
         self.value = part
+
+    def gathered(self, gather: Gather, count: int) -> Tensor:
+        """The mean over K particles, of which each process has taken in a part."""
+        if self._totals is None or self._align is None:
+            raise ValueError("expected particles, got none")
+        everyone = self._totals.gathered(gather, count)
+        share = self._align(everyone.slope(self._totals.log_sum.unsqueeze(0)))
+        return gather((share * self.value.unsqueeze(0)).squeeze(0)).sum(0)
 
 
 def _alignment(

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Float
@@ -24,6 +24,7 @@ from torch import Tensor
 from pyro_iwae.chunks import Chunks, chunks_of, require_chunk_size
 from pyro_iwae.companions import weigh_among
 from pyro_iwae.density import drawn_bracket, elbo_bracket, log_density
+from pyro_iwae.distributed import Ranks
 from pyro_iwae.emission import Boundary, Emission
 from pyro_iwae.expectation import WeightedMean
 from pyro_iwae.given import weigh_at
@@ -36,10 +37,15 @@ from pyro_iwae.plates import Layout
 from pyro_iwae.pooled import draw_pooled, require_method
 from pyro_iwae.resampling import multinomial
 from pyro_iwae.selection import Passed, Selection, difference, model_values, select, select_passing
+from pyro_iwae.shared_draws import select_shared
+from pyro_iwae.sharing import Sharing
 from pyro_iwae.state import module_behind, unchanged_state
 from pyro_iwae.structure import Structure, StructureCache
 from pyro_iwae.tree import PlateParticles
 from pyro_iwae.weighing import Particles, weigh_particles
+
+if TYPE_CHECKING:
+    from torch.distributed import DeviceMesh, ProcessGroup
 
 __all__ = ["ElboInterval", "ImportanceResampledGuide"]
 
@@ -90,10 +96,12 @@ class ImportanceResampledGuide(Owning):
             held: draws then have no gradient, and going back through one raises ``NotImplementedError``.
         vectorize_particles: as for :class:`ImportanceWeightedELBO`.
         max_plate_nesting: likewise.
+        process_group: the processes over which the particles of each draw are shared out, as for
+            :class:`ImportanceWeightedELBO`. All make the same calls and get the same draws, which have no gradient.
 
     Raises:
         TypeError: where an argument has the wrong type.
-        ValueError: where ``num_particles`` or ``chunk_size`` is below 1.
+        ValueError: where ``num_particles`` or ``chunk_size`` is below 1, or there are fewer particles than processes.
 
     Example::
 
@@ -120,6 +128,7 @@ class ImportanceResampledGuide(Owning):
         chunk_size: int | None = None,
         vectorize_particles: bool | None = None,
         max_plate_nesting: float = math.inf,
+        process_group: ProcessGroup | DeviceMesh | None = None,
     ) -> None:
         require_callables(model, guide)
         require_options(vectorize_particles, max_plate_nesting)
@@ -133,6 +142,9 @@ class ImportanceResampledGuide(Owning):
         self.chunk_size = require_chunk_size(chunk_size)
         self.vectorize_particles = vectorize_particles
         self.max_plate_nesting = max_plate_nesting
+        self.process_group, self._ranks = process_group, Ranks.of(process_group)
+        if self._ranks is not None:
+            self._ranks.share(self.num_particles)  # is there one for each?
         self._structures = StructureCache()
         self._is_set_up = False
 
@@ -143,17 +155,23 @@ class ImportanceResampledGuide(Owning):
         call = self._call(args, kwargs, enclosing_frames())
         with self._inside():
             self._set_up(call)
-            passed = self._select(call)
+        with self._together(call, "a draw") as sharing:
+            return self._emitted(call, sharing)
+
+    def _emitted(self, call: Call, sharing: Sharing | None) -> dict[str, Tensor]:
+        with self._inside():
+            passed = self._select(call, sharing)
             particles, selection = passed.particles, passed.selection
             _require_enclosing(particles.layout, call.enclosing)
-        selection = selection.refusing() if passed.refuses else selection
+        option = "chunk_size" if sharing is None else "process_group"
+        selection = selection.refusing(option) if passed.refuses else selection
         emit = Emission(particles, selection, call.enclosing)
         with particles.minibatch:
             emitted = emit.values()
         if emit.replaced:
             with self._inside(), torch.set_grad_enabled(torch.is_grad_enabled() and not passed.refuses):
                 selection = self._density_at(call, emitted, particles, passed.log_others)
-            selection = selection.refusing() if passed.refuses else selection
+            selection = selection.refusing(option) if passed.refuses else selection
         with particles.minibatch:
             emit.density(selection.log_density)
             if particles.structure.run.vectorized:  # else no plate can go around it
@@ -178,7 +196,20 @@ class ImportanceResampledGuide(Owning):
         with block_messengers(lambda m: isinstance(m, LiftMessenger)), Boundary():
             yield
 
-    def _select(self, call: Call) -> Passed:
+    @contextmanager
+    def _together(self, call: Call, what: str) -> Iterator[Sharing | None]:
+        """A call that all processes make, if particles are shared out over several."""
+        if self._ranks is None:
+            yield None
+            return
+        way = [(f.name, f.dim, f.size) for f in call.enclosing], self.chunk_size
+        options = self._options(True)
+        with Sharing.begun(self._ranks, what, call, self.num_particles, self.chunk_size, options, way) as sharing:
+            yield sharing
+
+    def _select(self, call: Call, sharing: Sharing | None) -> Passed:
+        if sharing is not None:
+            return select_shared(sharing)
         chunks = self._chunks(call)
         if chunks is not None:
             return select_passing(chunks)
@@ -265,14 +296,14 @@ class ImportanceResampledGuide(Owning):
 
         Raises:
             ValueError: where the latents differ from draw to draw, or there is no such method.
-            NotImplementedError: where a method meets ``chunk_size``.
+            NotImplementedError: where a method meets ``chunk_size`` or ``process_group``.
 
         Warns:
             UserWarning: with a method, where one particle has more than half of an element's weight.
         """
         num_draws = as_count("num_draws", num_draws)
         if method is not None:
-            require_method(method, self.chunk_size)
+            require_method(method, self.chunk_size, shared=self._ranks is not None)
             call = self._call(args, kwargs)
             with self._apart():
                 return draw_pooled(call, self._weigh(call), num_draws, method)
@@ -311,16 +342,40 @@ class ImportanceResampledGuide(Owning):
         Raises:
             ValueError: where fn loses the particles' dimension, or mixes elements of independent plates.
         """
-        call = self._call(args, kwargs)
+        call, num_batches = self._call(args, kwargs), as_count("num_batches", num_batches)
         total: Tensor | float = 0.0
-        with self._apart():
-            for _ in range(as_count("num_batches", num_batches)):
-                mean, chunks = WeightedMean(fn), self._chunks(call, least=2)  # of one fn would not tell its dimensions
-                for particles in [self._weigh(call)] if chunks is None else chunks.with_guide_once(cut=False).draw():
-                    mean.add(*model_values(call, particles), particles.weights, particles.layout)
-                    del particles
-                total = total + mean.value
+        with self._apart(), self._together(call, "expectation") as sharing:
+            for _ in range(num_batches):
+                total = total + (self._mean(fn, call) if sharing is None else self._shared_mean(fn, call, sharing))
         return torch.as_tensor(total / num_batches)
+
+    def _mean(self, fn: Callable[[dict[str, Tensor]], Tensor], call: Call) -> Tensor:
+        """The mean over one batch of particles."""
+        chunks = self._chunks(call, least=2)  # of one fn would not tell its dimensions
+        mean = WeightedMean(fn)
+        for particles in [self._weigh(call)] if chunks is None else chunks.with_guide_once(cut=False).draw():
+            mean.add(*model_values(call, particles), particles.weights, particles.layout)
+            del particles
+        return mean.value
+
+    def _shared_mean(self, fn: Callable[[dict[str, Tensor]], Tensor], call: Call, sharing: Sharing) -> Tensor:
+        """The same over particles of which each process has a part."""
+        if self.num_particles < 2 * sharing.ranks.size:
+            raise ValueError(
+                f"expected num_particles >= {2 * sharing.ranks.size}, two for each process of the group (of one, fn "
+                f"would not tell its dimensions), got {self.num_particles}; take more particles"
+            )
+
+        def draw() -> tuple[WeightedMean, LogWeights]:
+            chunks, mean = sharing.chunks(least=2), WeightedMean(fn)
+            for particles in [sharing.weigh()] if chunks is None else chunks.with_guide_once(cut=False).draw():
+                mean.add(*model_values(call, particles), particles.weights, particles.layout)
+                weights = particles.weights
+                del particles
+            return mean, weights
+
+        mean, _ = sharing.drawn(draw, lambda found: found[1])
+        return mean.gathered(sharing.ranks.gather, self.num_particles)
 
     def log_density(
         self, draws: Mapping[str, Tensor], *args: Any, num_batches: int = 32, **kwargs: Any
@@ -344,10 +399,10 @@ class ImportanceResampledGuide(Owning):
         """
         num_batches = as_count("num_batches", num_batches)
         call = self._call(args, kwargs)
-        with self._apart():
-            at, log_p, weigh = self._at(call, dict(draws))
+        with self._apart(), self._together(call, "log_density") as sharing:
+            at, log_p, weigh = self._at(call, dict(draws), None if sharing is None else sharing.turn.minibatch)
             _refuse_tempered(at.weights, "log_density")
-            batches = (self._companions(call, at.minibatch).log_weights for _ in range(num_batches))
+            batches = (self._companions(call, at.minibatch, sharing).log_weights for _ in range(num_batches))
             sums = torch.stack([batch[1:].logsumexp(0) for batch in batches])
             log_weights = torch.stack([weigh() for _ in range(num_batches)], 1)
             return log_density(log_p, log_weights, sums, num_particles=self.num_particles)
@@ -374,27 +429,31 @@ class ImportanceResampledGuide(Owning):
         num_batches = as_count("num_batches", num_batches)
         num_replicates = as_count("num_replicates", num_replicates, least=2)
         call = self._call(args, kwargs)
-        with self._apart():
-            bounds = torch.stack([self._bracket(call, num_batches) for _ in range(num_replicates)])
+        with self._apart(), self._together(call, "elbo_interval") as sharing:
+            bounds = torch.stack([self._bracket(call, num_batches, sharing) for _ in range(num_replicates)])
         mean, error = bounds.mean(0), bounds.std(0) / math.sqrt(num_replicates)
         return ElboInterval(mean[0], mean[1], error[0], error[1])
 
-    def _bracket(self, call: Call, num_batches: int) -> Tensor:
+    def _bracket(self, call: Call, num_batches: int, sharing: Sharing | None) -> Tensor:
         """(lower, upper) from M + 1 batches: each gives a draw, and fresh companions for the draws of the others."""
         if self._wanted is None:
             minibatch = Minibatch()
-            batches = [self._companions(call, minibatch) for _ in range(num_batches + 1)]
+            batches = [self._companions(call, minibatch, sharing) for _ in range(num_batches + 1)]
             _refuse_tempered(batches[0], "elbo_interval")
             return elbo_bracket(torch.stack([batch.log_weights for batch in batches]))
-        passed = self._select(call)
+        passed = self._select(call, sharing)
         first, values = passed.particles, passed.selection.values
         _refuse_tempered(first.weights, "elbo_interval")
-        rest = [self._companions(call, first.minibatch).log_weights[1:].logsumexp(0) for _ in range(num_batches)]
+        others = (self._companions(call, first.minibatch, sharing).log_weights[1:] for _ in range(num_batches))
+        rest = [log_weights.logsumexp(0) for log_weights in others]
         _, _, weigh = self._at(call, {n: v.unsqueeze(0) for n, v in values.items()}, first.minibatch)
-        fresh = torch.stack([torch.logaddexp(weigh().squeeze(0), others) for others in rest])
+        fresh = torch.stack([torch.logaddexp(weigh().squeeze(0), log_sum) for log_sum in rest])
         return drawn_bracket(passed.log_sum, fresh, num_particles=self.num_particles)
 
-    def _companions(self, call: Call, minibatch: Minibatch) -> LogWeights:
+    def _companions(self, call: Call, minibatch: Minibatch, sharing: Sharing | None) -> LogWeights:
+        """The weights of K fresh particles."""
+        if sharing is not None:
+            return sharing.all_values()
         chunks = self._chunks(call, minibatch)
         if chunks is None:
             return self._weigh(call, minibatch=minibatch).weights

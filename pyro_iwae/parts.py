@@ -99,6 +99,11 @@ class Probe:
     device: str
     version: str
 
+    @property
+    def total(self) -> float:
+        """Sum over elements."""
+        return float(self.log_weights.sum())
+
     def is_like(self, other: Probe) -> bool:
         """Whether both may come from the same model, guide and data: up to rounding."""
         if (self.device, self.version) != (other.device, other.version):

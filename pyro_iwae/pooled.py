@@ -39,7 +39,7 @@ class Draws(dict[str, Tensor]):
         self.num_distinct = num_distinct
 
 
-def require_method(method: Any, chunk_size: int | None) -> None:
+def require_method(method: Any, chunk_size: int | None, *, shared: bool = False) -> None:
     """Raises where there is no such method, or no place for its particles."""
     if method not in METHODS:
         raise ValueError(f"expected method to be None or one of {sorted(METHODS)}, got {method!r}")
@@ -47,6 +47,10 @@ def require_method(method: Any, chunk_size: int | None) -> None:
         raise NotImplementedError(
             f"method={method!r} holds all particles at once, which chunk_size={chunk_size} does not allow; leave one "
             "of them out"
+        )
+    if shared:
+        raise NotImplementedError(
+            f"method={method!r} holds all particles in one process, got process_group beside it; leave one of them out"
         )
 
 

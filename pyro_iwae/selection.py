@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -17,20 +17,32 @@ from pyro.poutine import Trace
 from pyro.poutine.indep_messenger import CondIndepStackFrame
 from torch import Tensor
 
-from pyro_iwae.chunks import Chunks, Impossible
+from pyro_iwae.chunks import Chunks
 from pyro_iwae.gradients import OVIS, Pathwise
 from pyro_iwae.handlers import EnclosingPlates, Minibatch
 from pyro_iwae.logweights import LogWeights
 from pyro_iwae.particles import Call, spread_value, stacked_latents, stacked_value, unchanged_enumeration
 from pyro_iwae.plates import PARTICLES, Layout, Site, latent_sites
-from pyro_iwae.resampling import streaming
+from pyro_iwae.resampling import multinomial, streaming
 from pyro_iwae.terms import joint_log_density
 from pyro_iwae.traces import Unmasked
 from pyro_iwae.tree import Tree
 from pyro_iwae.walking import Stand, chosen, log_density, walks
 from pyro_iwae.weighing import Particles
 
-__all__ = ["Passed", "Selection", "difference", "latent_values", "model_values", "select", "select_passing"]
+__all__ = [
+    "Held",
+    "Passed",
+    "Selection",
+    "completed",
+    "difference",
+    "held_of",
+    "latent_values",
+    "model_values",
+    "pass_by",
+    "select",
+    "select_passing",
+]
 
 
 @dataclass(frozen=True)
@@ -43,16 +55,16 @@ class Selection:
     pathwise: Tensor | None = None  # where the guide has discrete sites, the pieces of the gradient of log q~
     score: Tensor | None = None
 
-    def refusing(self) -> Selection:
-        """The same, and an error where anything goes back through it."""
-        values = {n: _refusing(v) for n, v in self.values.items()}
-        return replace(self, values=values, log_density=_refusing(self.log_density))
+    def refusing(self, option: str) -> Selection:
+        """The same, and an error where anything goes back through it, which names the option that it is due to."""
+        values = {n: _refusing(v, option) for n, v in self.values.items()}
+        return replace(self, values=values, log_density=_refusing(self.log_density, option))
 
 
-def _refusing(value: Tensor) -> Tensor:
+def _refusing(value: Tensor, option: str) -> Tensor:
     if not value.is_floating_point():
         return value
-    refusing: Tensor = _Refusal.apply(value, torch.zeros((), requires_grad=True))
+    refusing: Tensor = _Refusal.apply(value, torch.zeros((), requires_grad=True), option)
     return refusing
 
 
@@ -60,15 +72,16 @@ class _Refusal(torch.autograd.Function):
     """A number whose graph was not kept."""
 
     @staticmethod
-    def forward(ctx: Any, value: Tensor, anchor: Tensor) -> Tensor:
+    def forward(ctx: Any, value: Tensor, anchor: Tensor, option: str) -> Tensor:
+        ctx.option = option
         return value.clone()
 
     @staticmethod
     def backward(ctx: Any, slope: Tensor) -> Any:
         raise NotImplementedError(
-            "a draw of ImportanceResampledGuide(chunk_size=...) has no gradient: of its K particles one was kept, and "
-            "no graph. To train model and guide write ImportanceWeightedELBO(num_particles=K, chunk_size=...), whose "
-            "gradient it would have; to go back through a draw itself leave chunk_size out"
+            f"a draw of ImportanceResampledGuide({ctx.option}=...) has no gradient: of its K particles one was kept, "
+            f"and no graph. To train model and guide write ImportanceWeightedELBO(num_particles=K, {ctx.option}=...), "
+            f"whose gradient it would have; to go back through a draw itself leave {ctx.option} out"
         )
 
 
@@ -111,8 +124,50 @@ class Passed:
 
 def select_passing(chunks: Chunks) -> Passed:
     """Takes one particle of K for each independent element, with one chunk in memory."""
+    passed = pass_by(chunks)
+    chunks.seen.warn_of(passed.log_sum == -math.inf, chunks.num_particles)
+    return completed(chunks.call, passed, chunks.num_particles)
+
+
+@dataclass(frozen=True)
+class Held:
+    """One of the particles that have passed by, for each independent element.
+
+    Attributes:
+        picked: the particle.
+        particles: the last chunk.
+        log_sum: log-sum-exp of all weights that have passed, ``(*plates)``.
+        log_others: that of all but the first.
+        graph: whether there would be a gradient.
+    """
+
+    picked: _Picked
+    particles: Particles
+    log_sum: Tensor
+    log_others: Tensor
+    graph: bool
+
+
+def completed(call: Call, held: Held, num_particles: int) -> Passed:
+    """The draw that is held, with the sites that were summed out, and its density."""
+    with torch.no_grad():
+        values, sites, log_p = _completed(call, held.particles, held.picked)
+        density = difference(log_p, held.log_sum - math.log(num_particles))
+    return Passed(Selection(values, sites, density), held.particles, held.log_sum, held.log_others, held.graph)
+
+
+def held_of(particles: Particles) -> Held:
+    """One of particles that are all there."""
+    log_weights = particles.weights.log_weights
+    picked = _picked(particles, multinomial(log_weights))
+    sums = log_weights.detach().logsumexp(0), log_weights.detach()[1:].logsumexp(0)
+    return Held(picked.detached(), particles, *sums, log_weights.requires_grad)
+
+
+def pass_by(chunks: Chunks) -> Held:
+    """One of particles of which one chunk is in memory at a time."""
     held: Any = None
-    graph, seen = torch.is_grad_enabled(), Impossible()
+    graph, seen = torch.is_grad_enabled(), chunks.seen
     log_sum = log_others = torch.tensor(-math.inf)
     chunks = chunks.with_guide_once(cut=False)
     with torch.no_grad():
@@ -130,10 +185,7 @@ def select_passing(chunks: Chunks) -> Passed:
             held = picked if held is None else held.or_instead(picked, taken, particles.layout)
             if i < count - 1:
                 del particles, log_weights, picked  # before the next chunk is made
-        seen.warn_of(log_sum == -math.inf, chunks.num_particles)
-        values, sites, log_p = _completed(chunks.call, particles, held)
-        density = difference(log_p, log_sum - math.log(chunks.num_particles))
-    return Passed(Selection(values, sites, density), particles, log_sum, log_others, graph)
+    return Held(held, particles, log_sum, log_others, graph)
 
 
 @dataclass(frozen=True)
@@ -143,6 +195,25 @@ class _Picked:
     values: dict[str, Tensor]
     sites: dict[str, Site]
     log_p: Tensor
+
+    def detached(self) -> _Picked:
+        """Without a graph."""
+        return _Picked({n: v.detach() for n, v in self.values.items()}, self.sites, self.log_p.detach())
+
+    def of_ranks(self, taken: Tensor, layout: Layout, add: Callable[[Tensor], Tensor]) -> _Picked:
+        """Each element's particle from the process that holds it, in all of them.
+
+        Args:
+            taken: which elements this one holds, ``(*plates)``.
+            layout: where these lie.
+            add: sums over processes.
+        """
+        nothing = _Picked(
+            {n: torch.zeros_like(v) for n, v in self.values.items()}, self.sites, torch.zeros_like(self.log_p)
+        )
+        mine = nothing.or_instead(self, taken, layout)
+        values = {n: _added(v, add) for n, v in sorted(mine.values.items())}
+        return _Picked({n: values[n] for n in self.values}, self.sites, add(mine.log_p))
 
     def or_instead(self, other: _Picked, taken: Tensor, layout: Layout) -> _Picked:
         """The other one in those elements where it is taken."""
@@ -154,6 +225,10 @@ class _Picked:
             where = layout.align(taken.long().unsqueeze(0), site, both)
             values[name] = both.gather(0, where.expand(1, *both.shape[1:])).squeeze(0)
         return _Picked(values, other.sites, torch.where(taken, other.log_p, self.log_p))
+
+
+def _added(value: Tensor, add: Callable[[Tensor], Tensor]) -> Tensor:
+    return add(value.to(torch.uint8)).bool() if value.dtype == torch.bool else add(value)
 
 
 def _picked(particles: Particles, index: Tensor) -> _Picked:

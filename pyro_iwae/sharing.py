@@ -11,10 +11,10 @@ numbers for each independent element, and gradients, one number for each paramet
 from __future__ import annotations
 
 import math
-import struct
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, TypeVar
 
 import pyro
@@ -23,7 +23,7 @@ from pyro import poutine
 from torch import Tensor
 
 from pyro_iwae.chunks import Chunks, chunks_of, loss_of_part, without_graph
-from pyro_iwae.distributed import Ranks, checksum, number_of
+from pyro_iwae.distributed import Ranks, bits_of, checksum, number_of
 from pyro_iwae.logweights import LogWeights
 from pyro_iwae.particles import Call
 from pyro_iwae.piecemeal import Piecemeal
@@ -35,12 +35,12 @@ from pyro_iwae.turns import Turn
 from pyro_iwae.verdicts import Question
 from pyro_iwae.weighing import Particles, impossible_sites, warn_of_impossible, weigh_particles
 
-__all__ = ["Sharing"]
+__all__ = ["Sharing", "sites_at_fault"]
 
 Result = TypeVar("Result")
 TotalsOfPart = Callable[[Tensor, int, int], Totals]
+Sites = Callable[[], set[str]]
 Estimate = Callable[[Particles, Totals], tuple[LogWeights, Tensor]]
-APART = 1e-4  # of a log density, by which other hardware may round it
 
 
 @dataclass(frozen=True)
@@ -107,13 +107,13 @@ class Sharing:
             **self.options,
         )
 
-    def chunks(self) -> Chunks | None:
-        """How they are run if they are more than may be in memory; None if not."""
+    def chunks(self, least: int = 1) -> Chunks | None:
+        """How they are run, at least so many together, if they are more than may be in memory; None if not."""
         start, stop = self.part
         return chunks_of(
             self.call,
             num_particles=stop - start,
-            chunk_size=self.chunk_size,
+            chunk_size=None if self.chunk_size is None else max(least, self.chunk_size),
             minibatch=self.turn.minibatch,
             first=start,
             among=self.num_particles,
@@ -141,13 +141,13 @@ class Sharing:
                 found = draw()
             weights = weights_of(found)
             shape = number_of(weights.plates, tuple(weights.log_weights.shape[1:]), sorted(weights.constant))
-            return found, [self.turn.stream, shape, _bits(probe)]
+            return found, [self.turn.stream, shape, bits_of(probe)]
 
         found, rows = self.ranks.attempt(alone)
         streams, shapes, probes = zip(*rows, strict=True)
         self.turn.require_apart(streams)
         self.ranks.require_same(shapes, "plates of the same sizes", "give all the same model, guide and data")
-        self._require_like([_number(bits) for bits in probes])
+        self.turn.require_like(probes)
         return found
 
     def _probe(self) -> float:
@@ -160,31 +160,24 @@ class Sharing:
             weights = without_graph(weigh)
         return float(weights.total(weights.log_weights[0]))
 
-    def _require_like(self, probes: Sequence[float]) -> None:
-        first = probes[0]
-        like = [p == first or abs(p - first) <= APART * (1.0 + abs(first)) for p in probes]
-        self.ranks.require_same(
-            like,
-            "model, guide and data",
-            f"one particle, drawn from the same seed, has log weights {', '.join(f'{p:.6g}' for p in probes)}. Set one "
-            "seed in all processes before model and guide are made, so that their parameters begin alike (particles "
-            "differ all the same), and let functions hold the same data",
-        )
-
     # All K
 
-    def values(self) -> LogWeights:
-        """The weights of this process's particles, without a graph and without what is inside them."""
-        return self.drawn(self._values, lambda weights: weights)
+    def values(self) -> tuple[LogWeights, Sites]:
+        """The weights of this process's particles, without a graph; and the sites at fault where all are impossible."""
+        return self.drawn(self._values, lambda found: found[0])
 
-    def _values(self) -> LogWeights:
+    def _values(self) -> tuple[LogWeights, Sites]:
         chunks = self.chunks()
-        return without_graph(self.weigh).weights if chunks is None else chunks.values()
+        if chunks is not None:
+            return chunks.values(), lambda: chunks.seen.sites
+        particles = without_graph(self.weigh)
+        return particles.weights, partial(sites_at_fault, particles)
 
     def all_values(self) -> LogWeights:
         """The weights of all K, in every process."""
-        weights = self.values()
+        weights, sites = self.values()
         rows = self.ranks.gather_rows(weights.log_weights, self.num_particles)
+        self._warn((rows == -math.inf).all(0), sites)
         return replace(weights, log_weights=rows, score=None, score_log_q=None, cut=None, children=())
 
     def all_weights(self) -> LogWeights:
@@ -198,7 +191,7 @@ class Sharing:
         chunks = self.chunks()
         return self.weigh().weights if chunks is None else chunks.weigh()
 
-    def totals(self, weights: LogWeights, totals_of_part: TotalsOfPart, sites: Callable[[], set[str]]) -> Totals:
+    def totals(self, weights: LogWeights, totals_of_part: TotalsOfPart, sites: Sites) -> Totals:
         """The objective at all K; warns where all are impossible.
 
         Args:
@@ -210,10 +203,12 @@ class Sharing:
         totals = own.gathered(self.ranks.gather, self.num_particles)
         if bool((totals.value == -math.inf).any()):
             own_impossible = (weights.log_weights == -math.inf).all(0)
-            impossible = self.ranks.gather(own_impossible.to(torch.uint8)).bool().all(0)
-            if self.ranks.rank == 0:  # once is enough
-                warn_of_impossible(impossible, self.num_particles, sites)
+            self._warn(self.ranks.gather(own_impossible.to(torch.uint8)).bool().all(0), sites)
         return totals
+
+    def _warn(self, impossible: Tensor, sites: Sites) -> None:
+        if self.ranks.rank == 0:  # once is enough
+            warn_of_impossible(impossible, self.num_particles, sites)
 
     def value(self, weights: LogWeights, totals: Totals) -> Tensor:
         """The objective, scaled and summed."""
@@ -250,23 +245,23 @@ class Sharing:
         start, stop = self.part
         piecemeal = Piecemeal(retain_graph=retain_graph)
 
-        def draw() -> tuple[Chunks | None, Particles | None, LogWeights]:
+        def draw() -> tuple[Chunks | Particles, LogWeights, Sites]:
             chunks = None if whole else self.chunks()
             if chunks is None:
                 particles = self.weigh(recording)
-                return None, particles, particles.weights
+                return particles, particles.weights, partial(sites_at_fault, particles)
             chunks, weights = chunks.first_pass()
-            return chunks, None, weights
+            return chunks, weights, lambda: chunks.seen.sites
 
-        chunks, particles, weights = self.drawn(draw, lambda found: found[2])
-        totals = self.totals(weights, totals_of_part, lambda: _impossible_sites(chunks, particles))
+        drawn, weights, sites = self.drawn(draw, lambda found: found[1])
+        totals = self.totals(weights, totals_of_part, sites)
 
         def send_back() -> None:
-            if chunks is not None:
-                chunks.second_pass(piecemeal, weights, totals, surrogate_of, recording)
-            elif particles is not None:
-                sent, surrogate = estimate(particles, totals.part(start, stop))
-                piecemeal.add(loss_of_part(sent, totals, surrogate, (stop - start) / self.num_particles))
+            if isinstance(drawn, Chunks):
+                drawn.second_pass(piecemeal, weights, totals, surrogate_of, recording)
+                return
+            sent, surrogate = estimate(drawn, totals.part(start, stop))
+            piecemeal.add(loss_of_part(sent, totals, surrogate, (stop - start) / self.num_particles))
 
         self._sent(piecemeal, send_back)
         return piecemeal.delivered(-self.value(weights, totals).detach())
@@ -367,18 +362,7 @@ def _refuse_faulty(piecemeal: Piecemeal, named: Mapping[str, Tensor]) -> None:
             )
 
 
-def _impossible_sites(chunks: Chunks | None, particles: Particles | None) -> set[str]:
-    if particles is None:
-        return set() if chunks is None else chunks.seen.sites
+def sites_at_fault(particles: Particles) -> set[str]:
+    """Names of the sites with a log density of -inf."""
     common = outer_scale(particles.pairs[0], particles.layout)
     return impossible_sites([terms_of(p, particles.layout, common) for p in particles.pairs])
-
-
-def _bits(value: float) -> int:
-    bits: int = struct.unpack("q", struct.pack("d", value))[0]
-    return bits
-
-
-def _number(bits: int) -> float:
-    value: float = struct.unpack("d", struct.pack("q", bits))[0]
-    return value

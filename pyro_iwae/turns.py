@@ -9,14 +9,15 @@ the processes were seeded: particles differ, and whatever must be the same is.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from pyro_iwae.distributed import Ranks, checksum, number_of
+from pyro_iwae.distributed import Ranks, checksum, float_of, number_of
 from pyro_iwae.handlers import Minibatch
 from pyro_iwae.state import get_random_state, get_torch_state, seeded, set_random_state
 
@@ -24,6 +25,7 @@ __all__ = ["Turn"]
 
 CHECKS = 1, 10, 100  # calls in which parameters are compared, beside every thousandth
 CHECK_EVERY = 1000
+APART = 1e-4  # of a log density, by which other hardware may round it
 
 
 @dataclass
@@ -33,10 +35,14 @@ class Turn:
     Attributes:
         ranks: the processes.
         seed: of the call, the same in all.
+        number: of the call; 0 where it is a part of another.
+        indices: of subsampled plates, as far as they are settled.
     """
 
     ranks: Ranks
     seed: int
+    number: int = 0
+    indices: Mapping[str, Tensor] = field(default_factory=dict)
     _own: Any = field(default=None, repr=False)
 
     @classmethod
@@ -70,19 +76,25 @@ class Turn:
         random = get_random_state()
         try:
             seeded(seeds[0])
-            yield cls(ranks, seeds[0])
+            yield cls(ranks, seeds[0], ranks.calls)
         finally:
             set_random_state(random)
 
     @property
     def is_due(self) -> bool:
         """Whether this call compares what hardly ever differs."""
-        return self.ranks.calls in CHECKS or self.ranks.calls % CHECK_EVERY == 0
+        return self.number in CHECKS or (self.number > 0 and self.number % CHECK_EVERY == 0)
 
     @property
     def minibatch(self) -> Minibatch:
         """Draws the same indices in every process."""
-        return Minibatch(self.seed)
+        minibatch = Minibatch(self.seed)
+        minibatch.indices.update(self.indices)
+        return minibatch
+
+    def inner(self, indices: Mapping[str, Tensor]) -> Turn:
+        """A part of the call, with random numbers of its own; drawn from those that all share."""
+        return Turn(self.ranks, int(torch.randint(2**62, ())), indices=indices)
 
     @contextmanager
     def own(self) -> Iterator[None]:
@@ -105,7 +117,7 @@ class Turn:
             host, cuda = get_torch_state()
         return number_of(host.numpy().tobytes(), *(c.numpy().tobytes() for c in cuda or ()))
 
-    def require_apart(self, streams: Any) -> None:
+    def require_apart(self, streams: Sequence[int]) -> None:
         """Raises where two processes have drawn the same particles."""
         first: dict[int, int] = {}
         for rank, stream in enumerate(streams):
@@ -116,3 +128,16 @@ class Turn:
                     "sets a seed. Set seeds before training, not inside of them"
                 )
             first[stream] = rank
+
+    def require_like(self, probes: Sequence[int]) -> None:
+        """Raises where one particle, which all processes draw alike, has another log weight in some; bits of these."""
+        values = [float_of(bits) for bits in probes]
+        first = values[0]
+        like = [v == first or abs(v - first) <= APART * (1.0 + abs(first)) for v in values]
+        self.ranks.require_same(
+            like,
+            "model, guide and data",
+            f"one particle, drawn from the same seed, has log weights {', '.join(f'{v:.6g}' for v in values)}. Set one "
+            "seed in all processes before model and guide are made, so that their parameters begin alike (particles "
+            "differ all the same), and let functions hold the same data",
+        )

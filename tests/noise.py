@@ -76,12 +76,13 @@ class SameParticles(Messenger):
     """Gives each particle noise that goes by its number, whether it runs with all K, in a chunk, or by itself.
 
     For sites that are made of Gaussians, coins and categories, straight or through transforms. Runs of two particles,
-    which only look at a guide, are left alone: let no chunk be of two.
+    which only look at a guide, are left alone: let no chunk be of two. ``first`` is the number of the first particle,
+    where ``num_particles`` are a part of them.
     """
 
-    def __init__(self, num_particles):
+    def __init__(self, num_particles, first=0):
         super().__init__()
-        self.num_particles, self.passed = num_particles, {}
+        self.num_particles, self.first, self.passed = num_particles, first, {}
 
     def _pyro_sample(self, msg):
         fn = msg["fn"]
@@ -91,8 +92,9 @@ class SameParticles(Messenger):
         count = fn.batch_shape[max(dims)] if dims else 1
         if count == 2:
             return
-        start = self.passed.get(msg["name"], 0)
-        self.passed[msg["name"]] = (start + count) % self.num_particles
+        passed = self.passed.get(msg["name"], 0)
+        self.passed[msg["name"]] = (passed + count) % self.num_particles
+        start = self.first + passed
         shape = list(fn.batch_shape)
         if dims:
             del shape[max(dims)]

@@ -98,9 +98,7 @@ class Groups(Totals):
         return cls(LogMean.of(split), groups, 0, count)
 
     @classmethod
-    def of_part(
-        cls, log_weights: Float[Tensor, "particles *plates"], groups: int, start: int, count: int
-    ) -> Groups:
+    def of_part(cls, log_weights: Float[Tensor, "particles *plates"], groups: int, start: int, count: int) -> Groups:
         """Totals of particles ``start`` and following among ``count``; the others are impossible as yet."""
         everyone = log_weights.new_full((count, *log_weights.shape[1:]), -math.inf)
         everyone[start : start + len(log_weights)] = log_weights.detach()
