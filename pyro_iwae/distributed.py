@@ -182,12 +182,13 @@ class Ranks:
         """The first error among the processes, as this one raises it."""
         said = self.objects(None if own is None else (type(own).__name__, str(own)))
         rank, (kind, message) = next((r, s) for r, s in enumerate(said) if s is not None)
-        cls = getattr(builtins, kind, RuntimeError)
-        text = f"{self.name(rank)}: {message}"
+        cls = getattr(builtins, kind, None)
         try:
-            return cls(text) if issubclass(cls, Exception) else RuntimeError(text)
+            if isinstance(cls, type) and issubclass(cls, Exception):
+                return cls(f"{self.name(rank)}: {message}")
         except TypeError:  # one that wants more than a message
-            return RuntimeError(f"{self.name(rank)}: {kind}: {message}")
+            pass
+        return RuntimeError(f"{self.name(rank)}: {kind}: {message}")
 
     def require_same(self, values: Sequence[Any], what: str, remedy: str) -> None:
         """Raises in all processes where they differ.

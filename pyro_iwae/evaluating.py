@@ -309,8 +309,8 @@ class _Run:
         if differing:
             got = "; ".join(f"{n}: {found.facts.get(n)!r}, now {self.kept.facts[n]!r}" for n in differing)
             raise ValueError(
-                f"expected the file {os.fspath(self.path or '')!r} to hold a run made like this one, got another ({got}); "
-                "take another file, or the same options"
+                f"expected the file {os.fspath(self.path or '')!r} to hold a run made like this one, got another "
+                f"({got}); take another file, or the same options"
             )
         self.kept = replace(found, targets=self.kept.targets)
         self.parts = {p.key: p for p in found.parts}

@@ -9,6 +9,7 @@ import html
 import math
 import os
 import warnings
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, reduce
@@ -255,6 +256,8 @@ class Evaluation:
         if ranks is None:
             return self
         parts: list[Evaluation] = ranks.objects(self)
+        if ranks.rank == 0:  # once is enough
+            _warn_of_repeated_rows(parts)
         return reduce(add, parts)
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -438,6 +441,20 @@ def _warn_of_rows_in_both(mine: Sequence[Part], others: Sequence[Part]) -> None:
             f"{twice} of {len(further)} rows that one evaluation adds are in the other, too, in other batches: they "
             "count as further data. If they are the same, evaluate both with batches alike (shuffle=False, the same "
             "batch_size), so that their particles are put together",
+            UserWarning,
+            stacklevel=3,
+        )
+
+
+def _warn_of_repeated_rows(evaluations: Sequence[Evaluation]) -> None:
+    """Rows that several processes hold."""
+    held = Counter(row for e in evaluations for row in {d for p in e.parts for d in p.digests})
+    twice = sum(count > 1 for count in held.values())
+    if twice:
+        warnings.warn(
+            f"{twice} of {len(held)} rows are in several processes, and count as often: has a sampler repeated them, "
+            "so that each process has as many (DistributedSampler)? Give each process rows of its own: "
+            "Subset(dataset, range(rank, len(dataset), num_processes))",
             UserWarning,
             stacklevel=3,
         )

@@ -75,3 +75,13 @@ def unchecked():
     jaxtyping.config.update("jaxtyping_disable", True)
     yield
     jaxtyping.config.update("jaxtyping_disable", False)
+
+
+@pytest.fixture(scope="session")
+def processes():
+    """Four processes that make a group, to run functions in."""
+    from tests.ranks import Processes
+
+    found = Processes()
+    yield found
+    found.close()

@@ -94,11 +94,11 @@ class SameParticles(Messenger):
             return
         passed = self.passed.get(msg["name"], 0)
         self.passed[msg["name"]] = (passed + count) % self.num_particles
-        start = self.first + passed
+        numbers = [self.first + (passed + i) % self.num_particles for i in range(count)]
         shape = list(fn.batch_shape)
         if dims:
             del shape[max(dims)]
-        rows = [self.row(msg["name"], k, (*shape, *fn.event_shape)) for k in range(start, start + count)]
+        rows = [self.row(msg["name"], k, (*shape, *fn.event_shape)) for k in numbers]
         noise = torch.stack(rows, len(rows[0].shape) + 1 + max(dims) - len(fn.event_shape)) if dims else rows[0]
         value = drawn(fn, noise)
         msg["value"], msg["done"] = value if fn.has_rsample else value.detach(), True
