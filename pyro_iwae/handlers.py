@@ -38,13 +38,17 @@ class Minibatch(Messenger):
         self.indices: dict[str, Tensor] = {}
 
     def _pyro_sample(self, msg: Site) -> None:
-        if site_is_subsample(msg) and msg["name"] in self.indices:
+        if not site_is_subsample(msg):
+            return
+        if msg["name"] in self.indices:
             msg["value"] = self.indices[msg["name"]]
             msg["done"] = msg["stop"] = True  # handlers outside see each plate's indices once
-        elif site_is_subsample(msg) and is_recording() and _shows_all(msg["fn"]):
+        elif msg["value"] is not None or msg["done"]:  # pyro.plate(subsample=...)
+            return
+        elif is_recording() and _shows_all(msg["fn"]):
             with unrecorded():  # indices of all elements are numbers to loop over
                 msg["value"], msg["done"] = msg["fn"].sample(), True
-        elif site_is_subsample(msg) and self.seed is not None and msg["value"] is None and not msg["done"]:
+        elif self.seed is not None:
             random = get_random_state()
             seeded(self.seed, "indices", msg["name"])
             msg["value"], msg["done"] = msg["fn"].sample(), True

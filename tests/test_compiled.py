@@ -147,6 +147,18 @@ def minibatch_guide(x):
         pyro.sample("z", dist.Normal(slope * x[index], 1.0))
 
 
+def chosen_model(x):
+    """A minibatch that was chosen outside: ``subsample`` says which rows it holds."""
+    with pyro.plate("data", 12, subsample=torch.arange(len(x))):
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+
+def chosen_guide(x):
+    with pyro.plate("data", 12, subsample=torch.arange(len(x))):
+        pyro.sample("z", dist.Normal(pyro.param("slope", torch.tensor(0.4)) * x, 1.0))
+
+
 def sequential_model(x):
     for i in pyro.plate("data", len(x)):
         z = pyro.sample(f"z_{i}", dist.Normal(0.0, 1.0))
@@ -195,6 +207,7 @@ CASES = {
     "enumerated, DReG": (enumerated_model, flat_guide, {"gradient": DoublyReparameterized()}),
     "rejection": (gamma_model, gamma_guide, {}),
     "minibatch": (minibatch_model, minibatch_guide, {}),
+    "minibatch from outside": (chosen_model, chosen_guide, {}),
     "sequential plates": (sequential_model, sequential_guide, {}),
     "sequential particles": (flat_model, flat_guide, {"vectorize_particles": False}),
     "sequential particles, DReG": (
