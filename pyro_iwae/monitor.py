@@ -348,7 +348,14 @@ class Monitor:
     def _evaluated(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Evaluation:
         options: dict[str, Any] = {"num_particles": OTHERS}
         if isinstance(self.elbo, ImportanceWeightedELBO):
-            names = "num_particles", "plate_particles", "chunk_size", "vectorize_particles", "max_plate_nesting"
+            names = (
+                "num_particles",
+                "plate_particles",
+                "chunk_size",
+                "vectorize_particles",
+                "max_plate_nesting",
+                "process_group",
+            )
             options = {n: getattr(self.elbo, n) for n in names}
         if self.num_particles is not None:
             options["num_particles"] = self.num_particles

@@ -9,6 +9,7 @@ import hashlib
 import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -61,10 +62,18 @@ def set_random_state(state: tuple[Any, Any]) -> None:
 def seeded(*path: Any) -> int:
     """Sets all random generators to a place that no other path leads to; returns what tells it from others."""
     seed = int.from_bytes(hashlib.sha256(repr(path).encode()).digest()[:7], "big")
-    torch.manual_seed(seed)
+    if _has_accelerator():
+        torch.manual_seed(seed)
+    else:  # without the note, stack trace and all, that torch keeps for generators that are not there as yet
+        torch.default_generator.manual_seed(seed)
     random.seed(seed)
     np.random.seed(seed % 2**32)
     return seed
+
+
+@cache
+def _has_accelerator() -> bool:
+    return torch.cuda.is_available() or torch.backends.mps.is_available() or torch.xpu.is_available()
 
 
 def module_behind(program: Callable[..., Any]) -> torch.nn.Module | None:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from pyro_iwae.distributed import Ranks, checksum, float_of, number_of
 from pyro_iwae.handlers import Minibatch
-from pyro_iwae.state import get_random_state, get_torch_state, seeded, set_random_state
+from pyro_iwae.state import get_random_state, seeded, set_random_state
 
 __all__ = ["Turn"]
 
@@ -112,9 +112,8 @@ class Turn:
 
     @property
     def stream(self) -> int:
-        """Where this process's own random numbers are: in no two processes at the same place."""
-        with self.own():
-            host, cuda = get_torch_state()
+        """Where this process's own random numbers have come to: in no two processes to the same place."""
+        host, cuda = self._own[1]
         return number_of(host.numpy().tobytes(), *(c.numpy().tobytes() for c in cuda or ()))
 
     def require_apart(self, streams: Sequence[int]) -> None:

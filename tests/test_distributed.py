@@ -13,6 +13,7 @@ import pytest
 import torch
 import torch.distributed
 from pyro.infer import SVI, Predictive, Trace_ELBO
+from pyro.infer.autoguide import AutoLowRankMultivariateNormal
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_subsample
 from torch.utils.data import DataLoader, DistributedSampler, Subset, TensorDataset
@@ -25,10 +26,12 @@ from pyro_iwae import (
     ImportanceResampledGuide,
     ImportanceWeightedELBO,
     LogWeights,
+    Monitor,
     Pathwise,
     SampledBackward,
     StickTheLanding,
     evaluate,
+    gradient_snr,
 )
 from pyro_iwae.distributed import Ranks
 from pyro_iwae.objectives import CIWAE, MIWAE, PIWAE, TVO, Renyi
@@ -501,3 +504,69 @@ def test_evaluation_of_other_rows_is_refused(processes):
         assert "expected the same number of batches of data" in message and "got others on rank 1" in message
     for _, message in processes.errors(other_rows, ranks=PAIR):
         assert "expected the same data" in message
+
+
+def measured(group):
+    elbo = ImportanceWeightedELBO(6, process_group=group)
+    svi = SVI(model, guide, pyro.optim.Adam({"lr": 0.01}), elbo)
+    monitor = Monitor(model, guide, elbo, every=2)
+    for _ in range(4):
+        svi.step(X)
+        monitor(X)
+    snr = gradient_snr(elbo, model, guide, X, num_replicates=20, progress=False)
+    record = monitor.records[-1]
+    return record.step, record.bound, record.ess, record.snr_guide, snr.guide, snr.model
+
+
+def test_what_measures_training_shares_particles_too(processes):
+    """A monitor and the gradient's signal-to-noise ratio: the same figures in all processes."""
+    found = processes.run(measured, ranks=PAIR)
+    assert found[0] == found[1] and found[0][0] == 4
+
+
+def made_on_the_way(group):
+    """Parameters that begin at random, in the first call; processes have other seeds."""
+
+    def rows():
+        slope = pyro.sample("slope", dist.Normal(0.0, 1.0))
+        bend = pyro.param("bend", lambda: torch.randn(2))
+        with pyro.plate("rows", 3):
+            pyro.sample("y", dist.Normal(slope * X + bend.sum(), 1.0), obs=X)
+
+    draw = AutoLowRankMultivariateNormal(rows)
+    svi = SVI(rows, draw, pyro.optim.Adam({"lr": 0.01}), ImportanceWeightedELBO(5, process_group=group))
+    for _ in range(12):
+        svi.step()
+    return {n: p.detach() for n, p in pyro.get_param_store().items()}
+
+
+def test_parameters_that_are_made_on_the_way_begin_alike(processes):
+    first, *others = processes.run(made_on_the_way)
+    assert len(first) == 4
+    for other in others:
+        assert all(torch.equal(p, other[n]) for n, p in first.items())
+
+
+def rows_resumed(group, folder):
+    """Each process has a file of its own for its rows; the second run goes on from these."""
+    rank, rows = Ranks(group).rank, ROWS.chunk(Ranks(group).size)[Ranks(group).rank]
+    for replicates in (2, 5):
+        own = evaluate(
+            model,
+            guide,
+            data=rows.split(2),
+            num_particles=4,
+            num_replicates=replicates,
+            save_to=f"{folder}/{rank}.npz",
+            progress=False,
+        )
+    return own.gathered(group)
+
+
+def test_rows_over_processes_go_on_from_their_own_files(processes, tmp_path):
+    first, second = processes.run(rows_resumed, str(tmp_path), ranks=PAIR)
+    assert torch.equal(first.log_evidence, second.log_evidence) and first.log_evidence.shape == (11,)
+    assert (first.replicates == 5).all()
+    loaded = Evaluation.load(tmp_path / "0.npz") + Evaluation.load(tmp_path / "1.npz")
+    assert torch.equal(loaded.log_evidence, first.log_evidence)
+    assert len(set(first.parts[0].seeds + first.parts[-1].seeds)) == 10
