@@ -287,17 +287,27 @@ class Sharing:
         self._sum(piecemeal, named)
 
     def _named(self, leaves: Sequence[Tensor]) -> dict[str, Tensor]:
-        """Tensors that have a gradient, by what they are called in every process, in that order."""
+        """Tensors that have a gradient, by what they are called in every process, in that order.
+
+        What Pyro and modules do not know is called by its values, which are the same in every process.
+
+        Raises:
+            ValueError: where two of these have the same values, and cannot be told apart.
+        """
         names = {id(p): n for n, p in self._parameters().items()}
-        named = {names[id(leaf)]: leaf for leaf in leaves if id(leaf) in names}
-        others = [leaf for leaf in leaves if id(leaf) not in names]
-        return dict(sorted(named.items())) | {f"a tensor without a name, {i + 1}": t for i, t in enumerate(others)}
+        unknown = {id(leaf): f"without a name ({checksum(leaf)})" for leaf in leaves if id(leaf) not in names}
+        if len(set(unknown.values())) < len(unknown):
+            raise ValueError(
+                "expected parameters that Pyro knows, got two tensors with the same values that it does not; write "
+                "pyro.module('name', module) in model or guide, so that each is the same one in every process"
+            )
+        return dict(sorted(((names | unknown)[id(leaf)], leaf) for leaf in leaves))
 
     def _parameters(self) -> dict[str, Tensor]:
         found: dict[str, Tensor] = {}
-        for program in (self.call.model, self.call.guide):
+        for role, program in (("model", self.call.model), ("guide", self.call.guide)):
             module = module_behind(program)
-            found |= {} if module is None else dict(module.named_parameters(type(module).__name__))
+            found |= {} if module is None else dict(module.named_parameters(role))
         return found | dict(pyro.get_param_store().named_parameters())
 
     def _every(self, named: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -310,7 +320,7 @@ class Sharing:
                 if name not in known or tuple(known[name].shape) != shape:
                     raise ValueError(
                         f"expected parameter '{name}' of shape {shape}, which another process's particles have met, "
-                        "to be here; ask for every parameter in every run of model and guide"
+                        "to be here; ask for every parameter in every run of model and guide, and let them begin alike"
                     )
                 if name not in named and name in pyro.get_param_store():
                     pyro.param(name)  # SVI steps what it has seen asked for

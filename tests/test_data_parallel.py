@@ -1,7 +1,7 @@
 # Copyright Contributors to the pyro_iwae project.
 # SPDX-License-Identifier: Apache-2.0
 
-"""Data over processes by DistributedDataParallel, and particles over others in a mesh: gradients of all rows and all K."""
+"""Data over processes by DistributedDataParallel, particles over others in a mesh: gradients of all rows and all K."""
 
 import pyro
 import pyro.distributions as dist

@@ -227,6 +227,30 @@ def test_parameters_that_some_particles_alone_ask_for(processes):
     assert 0.0 < first["left"] < 0.7 and -0.7 < first["right"] < 0.0
 
 
+def nameless(group, values):
+    """Parameters that Pyro does not know, in another order in the graphs of processes with one particle and two."""
+    first, second = (torch.tensor(v, requires_grad=True) for v in values)
+
+    def moved(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(first * x if on(group, 0) else x * first, (second * 1.0).exp()))
+
+    elbo = ImportanceWeightedELBO(3, process_group=group)
+    for _ in range(3):
+        elbo.loss_and_grads(model, moved, X)
+    found = first.grad.item(), second.grad.item()
+    assert found[0] != found[1]
+    return found
+
+
+def test_parameters_without_names(processes):
+    """They are told by their values, and refused where these are the same."""
+    first, second = processes.run(nameless, (0.4, -0.2), ranks=PAIR)
+    assert first == second
+    for _, message in processes.errors(nameless, (0.4, 0.4), ranks=PAIR):
+        assert "two tensors with the same values" in message and "pyro.module('name', module)" in message
+
+
 # What cannot be
 
 
