@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from pyro.infer import ELBO, Trace_ELBO, TraceEnum_ELBO
+from pyro.infer.elbo import ELBOModule
 from pyro.infer.util import torch_item, zero_grads
 from pyro.poutine import Trace
 from torch import Tensor
@@ -29,7 +30,7 @@ from pyro_iwae.options import as_count, require_callables, require_options
 from pyro_iwae.particles import Call
 from pyro_iwae.plates import latent_sites, nesting
 from pyro_iwae.sharing import Sharing
-from pyro_iwae.state import get_random_state, set_random_state
+from pyro_iwae.state import get_random_state, module_behind, set_random_state
 from pyro_iwae.step import handed_out
 from pyro_iwae.structure import StructureCache
 from pyro_iwae.terms import outer_scale, terms_of
@@ -195,6 +196,18 @@ class ImportanceWeightedELBO(ELBO):
             self._ranks.share(self.num_particles)  # is there one for each?
         if objective is not None:
             objective.totals(torch.zeros(self.num_particles))  # does K suit it?
+
+    def __call__(self, model: Any, guide: Any) -> ELBOModule:
+        """The loss of a model and guide as a module, called with their arguments, for torch's optimisers and DDP.
+
+        It has the parameters of the modules that model and guide are, or are methods of.
+        """
+        require_callables(model, guide)
+        module = ELBOModule(model, guide, self)
+        behind = {m: None for m in map(module_behind, (model, guide)) if m is not None and m not in (model, guide)}
+        if behind:  # vae, where they are vae.model and vae.guide
+            module.behind = torch.nn.ModuleList(behind)
+        return module
 
     def log_weights(self, model: Program, guide: Program, *args: Any, **kwargs: Any) -> LogWeights:
         """Draws K particles and weighs them.

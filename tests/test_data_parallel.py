@@ -44,23 +44,12 @@ class VAE(PyroModule):
             pyro.sample("z", dist.Normal(loc, log_scale.exp()))
 
 
-class Bound(nn.Module):
-    """What is wrapped: model and guide are methods of one module."""
-
-    def __init__(self, vae, elbo):
-        super().__init__()
-        self.vae, self.elbo = vae, elbo
-
-    def forward(self, x):
-        return self.elbo.differentiable_loss(self.vae.model, self.vae.guide, x)
-
-
 def made(options):
     pyro.clear_param_store()
     pyro.set_rng_seed(2)
     pyro.settings.set(module_local_params=True)
     vae = VAE()
-    return Bound(vae, ImportanceWeightedELBO(**options))
+    return ImportanceWeightedELBO(**options)(vae.model, vae.guide)
 
 
 def gradients_of(module):
