@@ -9,15 +9,15 @@ import json
 import os
 import tempfile
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["read", "write"]
+__all__ = ["read", "write", "write_whole"]
 
 FACTS = "facts"
 
@@ -30,13 +30,23 @@ def write(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], facts: Ma
         tensors: by name.
         facts: what JSON can hold.
     """
-    path = Path(path)
     arrays: dict[str, Any] = {name: tensor.detach().cpu().numpy() for name, tensor in tensors.items()}
     arrays[FACTS] = np.frombuffer(json.dumps(facts).encode(), dtype=np.uint8)
+    write_whole(path, lambda file: np.savez(file, **arrays))
+
+
+def write_whole(path: str | os.PathLike[str], write: Callable[[BinaryIO], None]) -> None:
+    """Writes a file beside the old one and puts it in its place: there is the old one or the new one, never a part.
+
+    Args:
+        path: of the file.
+        write: is called with the new file, open.
+    """
+    path = Path(path)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".part")
     try:
         with os.fdopen(handle, "wb") as file:
-            np.savez(file, **arrays)
+            write(file)
             file.flush()
             os.fsync(file.fileno())
         os.chmod(temporary, 0o666 & ~_umask())  # as of a file that is just opened, where mkstemp lets nobody else read
