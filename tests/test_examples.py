@@ -35,9 +35,13 @@ def read_mnist(examples):
     return mnist_files.read_mnist
 
 
-def run(script, *options):
+def run(script, *options, processes=None):
+    """Runs it, started by torchrun where ``processes`` are asked for."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "MPLBACKEND": "Agg", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-W", "error", str(script), "--smoke", *map(str, options)]
+    environment["PYTHONWARNINGS"] = "error"  # in processes that are started from there, too
+    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    started_by = torchrun if processes else []
+    command = [sys.executable, "-W", "error", *started_by, str(script), "--smoke", *map(str, options)]
     done = subprocess.run(command, capture_output=True, text=True, encoding="utf-8", env=environment, timeout=300)
     assert done.returncode == 0, done.stderr
     return done
@@ -55,6 +59,48 @@ def test_example_runs_and_draws(script, tmp_path):
     figures = list((tmp_path / "figures of it").glob("*.png"))
     assert figures
     assert [f.name for f in figures if is_blank(f)] == []
+
+
+@pytest.mark.parametrize(
+    "name, options, processes, said",
+    [
+        ("distributed", (), 2, "2 processes: 1 for data x 2 for particles"),
+        ("distributed", ("--data-ranks", 2), 2, "2 processes: 2 for data x 1 for particles"),
+        ("lightning_vae", ("--devices", 2), None, "24 validation digits after 2 epochs"),
+    ],
+    ids=["particles", "data", "lightning"],
+)
+def test_two_processes(name, options, processes, said, tmp_path):
+    """The first alone speaks, and what training has reached is what one process reaches, but for noise."""
+    script = ROOT / f"examples/{name}.py"
+    done = run(script, *options, "--quiet", "--output", tmp_path / "two", processes=processes)
+    assert done.stdout.count(said) == 1
+    assert len(found := numbers(done)) == 2
+    alone = run(script, "--quiet", "--output", tmp_path / "one")
+    assert found == pytest.approx(numbers(alone), abs=8.0)  # nats; a step gains nine or more
+    assert [f for f in tmp_path.glob("two/*.png") if is_blank(f)] == []
+
+
+def numbers(done):
+    """The bound and log evidence that are printed."""
+    return [float(x) for x in re.findall(r"^.*(?:bound|log evidence).*: (-\d+\.\d+)", done.stdout, re.M)]
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize(
+    "name, options, length, processes",
+    [("distributed", (), "--steps", 2), ("lightning_vae", ("--devices", 2), "--epochs", None)],
+    ids=["distributed", "lightning"],
+)
+def test_resumed_run_ends_as_an_unbroken_one(name, options, length, processes, tmp_path):
+    def ended(folder, steps, *further):
+        script, output = ROOT / f"examples/{name}.py", tmp_path / folder
+        further = (*options, *further, "--quiet", length, steps, "--output", output)
+        return numbers(run(script, *further, processes=processes))
+
+    unbroken = ended("unbroken", 4)
+    assert ended("broken", 2) != unbroken
+    assert ended("broken", 4, *(["--resume"] if name == "lightning_vae" else [])) == unbroken
 
 
 def test_digits_table_of_binary_mnist(tmp_path):
