@@ -7,6 +7,7 @@ After "Reinterpreting Importance-Weighted Autoencoders" (Cremer, Morris, Duvenau
 https://arxiv.org/abs/1704.02916). Importing the package changes nothing in torch or Pyro.
 """
 
+from pyro_iwae.checkpoint import Checkpoint
 from pyro_iwae.compiled_svi import CompiledSVI
 from pyro_iwae.elbo import ImportanceWeightedELBO
 from pyro_iwae.evaluating import evaluate
@@ -30,6 +31,7 @@ __all__ = [
     "PIWAE",
     "TVO",
     "VIMCO",
+    "Checkpoint",
     "CompiledSVI",
     "DoublyReparameterized",
     "Evaluation",

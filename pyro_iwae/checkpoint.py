@@ -10,23 +10,26 @@ import io
 import os
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import pyro
 import torch
 from pyro import poutine
-from pyro.distributions import constraints as pyro_constraints
 from pyro.optim import PyroOptim
 from pyro.optim.optim import _get_state_dict, _load_state_dict
-from torch import Tensor, distributed
-from torch.distributions import constraints as torch_constraints
+from torch import Tensor
 from torch.distributions.constraints import Constraint
 from torch.nn.parameter import is_lazy
 
 from pyro_iwae.archive import write_whole
+from pyro_iwae.constraint_codes import decoded, encoded
+from pyro_iwae.distributed import Ranks
 from pyro_iwae.options import as_count
 from pyro_iwae.state import get_random_state, module_behind, set_random_state, unchanged_state
+
+if TYPE_CHECKING:
+    from torch.distributed import DeviceMesh, ProcessGroup
 
 __all__ = ["Checkpoint"]
 
@@ -35,13 +38,6 @@ T = TypeVar("T")
 HEADER = b"pyro_iwae checkpoint 1\n"
 LONGEST_LINE = 100
 STORE = "the param store"
-PLAIN = (bool, int, float, str, type(None))
-CONSTRAINTS = {
-    kind.__name__: kind
-    for module in (torch_constraints, pyro_constraints)
-    for kind in vars(module).values()
-    if isinstance(kind, type) and issubclass(kind, Constraint) and not issubclass(kind, property)
-}
 
 
 class Checkpoint:
@@ -114,14 +110,13 @@ class Checkpoint:
         guide: Program | None = None,
         optim: Any = None,
         further: Mapping[str, Any] | None = None,
-        process_group: Any = None,
+        process_group: ProcessGroup | DeviceMesh | None = None,
     ) -> None:
         self.path = Path(path)
         programs = {"model": model, "guide": guide}
         held = {**({} if optim is None else {"optim": optim}), **_further(further)}
         _require_programs(programs)
         _require_stateful(held)
-        _require_group(process_group)
         self._programs = [program for program in (guide, model) if program is not None]
         self._modules: dict[str, torch.nn.Module] = {}
         self._holders: dict[str, Any] = {}
@@ -129,7 +124,7 @@ class Checkpoint:
             self._add(part, None if program is None else module_behind(program))
         for part, holder in held.items():
             self._add(part, _ByName(part, holder, self._names) if isinstance(holder, PyroOptim) else holder)
-        self._group = process_group
+        self._ranks = Ranks.of(process_group)
 
     def save(self, step: int) -> None:
         """Writes the file, in place of the one that is there.
@@ -143,7 +138,7 @@ class Checkpoint:
             ValueError: where the optimiser trains what would not be in the file, or ``step`` is negative.
         """
         step = as_count("step", step, least=0)
-        random = self._of_all_ranks(_random_state())
+        random = [_random_state()] if self._ranks is None else self._ranks.objects(_random_state())
         self._on_first_rank(lambda: self._write(step, random))
 
     def load(self, *args: Any, **kwargs: Any) -> int:
@@ -163,6 +158,7 @@ class Checkpoint:
             FileNotFoundError: where there is not even the folder that it would be in.
         """
         payload = self._on_first_rank(self._read)
+        payload = payload if self._ranks is None else self._ranks.from_first(payload)
         if payload is None:
             return 0
         saved = self._unpacked(payload)
@@ -284,7 +280,7 @@ class Checkpoint:
         for name, entry in found.items():
             if name in store:
                 self._require_shape(name, store._params[name], entry["value"])
-                kind, kept = type(_decoded(entry["constraint"], "cpu")), store._constraints[name]
+                kind, kept = type(decoded(entry["constraint"], "cpu")), store._constraints[name]
                 if kind is not type(kept):
                     raise ValueError(
                         f"expected parameter {name!r} to be constrained by {kept}, got {kind.__name__[1:]} in "
@@ -324,31 +320,13 @@ class Checkpoint:
 
     @property
     def _rank(self) -> int:
-        return 0 if self._group is None else distributed.get_rank(self._group)
+        return 0 if self._ranks is None else self._ranks.rank
 
-    def _of_all_ranks(self, own: T) -> list[T]:
-        if self._group is None:
-            return [own]
-        every: list[Any] = [None] * distributed.get_world_size(self._group)
-        distributed.all_gather_object(every, own, group=self._group)
-        return every
-
-    def _on_first_rank(self, work: Callable[[], T]) -> T:
-        """Has rank 0 do it; all ranks wait, get the result, and raise what it raises."""
-        if self._group is None:
+    def _on_first_rank(self, work: Callable[[], T]) -> T | None:
+        """Has the first rank do it, and all raise what it raises; what it gives is with the first alone."""
+        if self._ranks is None:
             return work()
-        outcome: list[Any] = [None, None]
-        failure: Exception | None = None
-        if self._rank == 0:
-            try:
-                outcome[0] = work()
-            except Exception as error:
-                failure, outcome[1] = error, _portable(error)
-        first = distributed.get_global_rank(self._group, 0)
-        distributed.broadcast_object_list(outcome, src=first, group=self._group)
-        if outcome[1] is not None:
-            raise failure or outcome[1]
-        return outcome[0]
+        return self._ranks.attempt(lambda: (work() if self._rank == 0 else None, []))[0]
 
 
 class _ByName:
@@ -412,14 +390,6 @@ def _require_stateful(held: Mapping[str, Any]) -> None:
             )
 
 
-def _require_group(group: Any) -> None:
-    if group is not None and not (distributed.is_available() and isinstance(group, distributed.ProcessGroup)):
-        raise TypeError(
-            f"expected process_group to be one of torch.distributed, with this rank in it, got {group!r}; write "
-            "process_group=torch.distributed.group.WORLD after init_process_group()"
-        )
-
-
 def _require_names(part: str, parameters: Collection[Tensor], names: Mapping[Tensor, str]) -> None:
     """Raises where an optimiser trains what would not be in the file."""
     for parameter in parameters:
@@ -461,58 +431,14 @@ def _reason(error: Exception) -> str:
     return f"{type(error).__name__}: {inner or error}".split(". ")[0]
 
 
-def _portable(error: Exception) -> Exception:
-    """What other ranks raise: of a kind that can be sent."""
-    kinds = (ValueError, TypeError, OSError)
-    kind = next((kind for kind in kinds if isinstance(error, kind)), RuntimeError)
-    return kind(f"on rank 0: {error}")
-
-
 def _entry(name: str, value: Tensor, constraint: Constraint) -> dict[str, Any]:
     """A parameter of the param store; a Parameter is one that a module has registered, and holds itself."""
     return {
         "value": value.detach(),
-        "constraint": _encoded(constraint, name),
+        "constraint": encoded(constraint, name),
         "device": value.device.type,
         "module": isinstance(value, torch.nn.Parameter),
     }
-
-
-def _encoded(value: Any, parameter: str) -> Any:
-    """A constraint, or what one is made of, as plain values."""
-    if isinstance(value, np.generic):
-        value = value.item()
-    if isinstance(value, PLAIN):
-        return value
-    if isinstance(value, Tensor):
-        return value.detach()
-    if isinstance(value, (list, tuple)):
-        return [_encoded(each, parameter) for each in value]
-    if CONSTRAINTS.get(type(value).__name__) is type(value):
-        return {"constraint": type(value).__name__, **{n: _encoded(v, parameter) for n, v in vars(value).items()}}
-    raise TypeError(
-        f"expected parameter {parameter!r} to be constrained by pyro.distributions.constraints, of numbers and "
-        f"tensors, got {value!r}; write another constraint, or make it a PyroParam of a PyroModule, whose constraints "
-        "are the module's own"
-    )
-
-
-def _decoded(value: Any, device: str) -> Any:
-    if isinstance(value, Tensor):
-        return value.to(device)
-    if isinstance(value, list):
-        return [_decoded(each, device) for each in value]
-    if not isinstance(value, dict):
-        return value
-    kind = CONSTRAINTS.get(value["constraint"])
-    if kind is None:
-        raise ValueError(
-            f"expected a constraint of pyro.distributions.constraints, got {value['constraint']!r}, which is none of "
-            "those that are installed; install the torch and Pyro that the file was written with"
-        )
-    constraint = kind.__new__(kind)
-    vars(constraint).update({n: _decoded(v, device) for n, v in value.items() if n != "constraint"})
-    return constraint
 
 
 def _fill_store(entries: Mapping[str, Any]) -> None:
@@ -526,7 +452,7 @@ def _fill_store(entries: Mapping[str, Any]) -> None:
         else:
             device = "cuda" if entry["device"] == "cuda" and torch.cuda.is_available() else "cpu"
             parameter = entry["value"].to(device).requires_grad_()
-        constraint = _decoded(entry["constraint"], parameter.device.type)
+        constraint = decoded(entry["constraint"], parameter.device.type)
         store.set_state({"params": {name: parameter}, "constraints": {name: constraint}})
 
 

@@ -31,6 +31,7 @@ from torch.nn.functional import softplus
 from pyro_iwae import CompiledSVI, ImportanceWeightedELBO
 from pyro_iwae import checkpoint as module_under_test
 from pyro_iwae.checkpoint import Checkpoint
+from tests.ranks import OTHERS
 from tests.test_compiled import compiling, recorded_only
 
 __all__ = ["compiling", "recorded_only"]  # fixtures
@@ -720,10 +721,11 @@ def test_wrong_arguments(path):
         ({"further": {1: nn.Linear(1, 1)}}, r"expected further to map names to objects"),
         ({"further": {"rate": None}}, r"expected further\['rate'\] to be .* got None"),
         ({"further": {"rate": 0.5}}, r"expected further\['rate'\] to be .* state_dict\(\).* got 0.5; write"),
-        ({"process_group": "gloo"}, r"expected process_group to be one of torch.distributed.* got 'gloo'; write"),
     ]:
         with pytest.raises(TypeError, match=message):
             Checkpoint(path, **wrong)
+    with pytest.raises(ValueError, match="expected torch.distributed to be set up before process_group="):
+        Checkpoint(path, process_group="gloo")
     with pytest.raises(TypeError, match="expected step to be a whole number, got 1.5; write"):
         Checkpoint(path).save(1.5)
     with pytest.raises(ValueError, match="expected step >= 0, got -1"):
@@ -889,53 +891,37 @@ def test_an_optimiser_that_does_not_fit(path):
 # Ranks
 
 
-def of_rank(rank, folder, size=2):
-    """One of two processes; what it finds goes into a file of its own."""
-    torch.set_num_threads(1)
-    store = f"file://{folder}/rendezvous"
-    torch.distributed.init_process_group("gloo", init_method=store, rank=rank, world_size=size)
-    found = {}
-    try:
-        group, second = torch.distributed.group.WORLD, torch.distributed.new_group([1])
-        own = torch.distributed.get_rank(group)
-        path = f"{folder}/run.ckpt" if own == 0 else f"{folder}/nowhere/run.ckpt"  # others need not see it
-        net = nn.Linear(1, 1)
-        optim = torch.optim.SGD(net.parameters(), lr=0.1)
-        checkpoint = Checkpoint(path, optim=optim, further={"net": net}, process_group=group)
-        found["missing"] = checkpoint.load()
-        pyro.set_rng_seed(rank)
-        nn.init.constant_(net.weight, 1.0 + own)
-        checkpoint.save(7)
-        found["there"] = os.path.exists(f"{folder}/run.ckpt")
-        found["expected"] = torch.rand(2).tolist(), random.random(), np.random.rand()
-        pyro.set_rng_seed(99)
-        nn.init.constant_(net.weight, 5.0)
-        found["step"] = checkpoint.load()
-        found["drawn"] = torch.rand(2).tolist(), random.random(), np.random.rand()
-        found["weight"] = net.weight.item()
-        odd = Checkpoint(path, further={"net": net, "odd": Holder(open if own == 0 else 1)}, process_group=group)
-        found["unsaved"] = caught(odd.save, 8)
-        if own == 0:
-            with open(path, "r+b") as file:
-                file.truncate(500)
-        found["damaged"] = caught(checkpoint.load)
-        if own == 0:
-            Checkpoint(path, optim=optim, further={"net": net}).save(3)  # as of one rank alone
-        seeds = []
-        for _ in range(2):
-            found["fewer"] = checkpoint.load()
-            seeds.append((torch.rand(2).tolist(), random.random(), np.random.rand()))
-        found["seeds"] = seeds
-        found["alone"] = caught(alone, f"{folder}/alone.ckpt", second)  # whose rank 0 is rank 1 of all
-    finally:
-        torch.save(found, f"{folder}/{rank}.pt")
-        torch.distributed.destroy_process_group()
-
-
-def alone(path, group):
-    checkpoint = Checkpoint(path, process_group=group)
-    checkpoint.save(4)
-    return checkpoint.load()
+def of_rank(group, folder):
+    """What one of two processes finds."""
+    own, found = torch.distributed.get_rank(group), {}
+    path = f"{folder}/run.ckpt" if own == 0 else f"{folder}/nowhere/run.ckpt"  # others need not see it
+    net = nn.Linear(1, 1)
+    optim = torch.optim.SGD(net.parameters(), lr=0.1)
+    checkpoint = Checkpoint(path, optim=optim, further={"net": net}, process_group=group)
+    found["missing"] = checkpoint.load()
+    pyro.set_rng_seed(own)
+    nn.init.constant_(net.weight, 1.0 + own)
+    checkpoint.save(7)
+    found["there"] = os.path.exists(f"{folder}/run.ckpt")
+    found["expected"] = torch.rand(2).tolist(), random.random(), np.random.rand()
+    pyro.set_rng_seed(99)
+    nn.init.constant_(net.weight, 5.0)
+    found["step"] = checkpoint.load()
+    found["drawn"] = torch.rand(2).tolist(), random.random(), np.random.rand()
+    found["weight"] = net.weight.item()
+    odd = Checkpoint(path, further={"net": net, "odd": Holder(open if own == 0 else 1)}, process_group=group)
+    found["unsaved"] = caught(odd.save, 8)
+    if own == 0:
+        with open(path, "r+b") as file:
+            file.truncate(500)
+    found["damaged"] = caught(checkpoint.load)
+    if own == 0:
+        Checkpoint(path, optim=optim, further={"net": net}).save(3)  # as of one rank alone
+    found["seeds"] = []
+    for _ in range(2):
+        found["fewer"] = checkpoint.load()
+        found["seeds"].append((torch.rand(2).tolist(), random.random(), np.random.rand()))
+    return found
 
 
 def caught(function, *args):
@@ -945,22 +931,20 @@ def caught(function, *args):
         return f"{type(error).__name__}: {error}"
 
 
-def test_two_ranks(tmp_path):
-    torch.multiprocessing.spawn(of_rank, (str(tmp_path),), nprocs=2)
-    zero, one = found = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
+def test_two_ranks(processes, tmp_path):
+    """The first process of the group, which is not the first of all, reads and writes."""
+    zero, one = found = processes.run(of_rank, str(tmp_path), ranks=OTHERS)
     assert not (tmp_path / "nowhere").exists()
     for each in found:
         assert each["missing"] == 0 and each["step"] == 7 and each["there"]
         assert each["drawn"] == each["expected"]  # its own
-        assert "expected the state of further['odd']" in each["unsaved"] and each["unsaved"].startswith("TypeError")
-        assert "cut short, altered" in each["damaged"] and each["damaged"].startswith("ValueError")
+        assert each["unsaved"].startswith("TypeError: rank 2: expected the state of further['odd']")
+        assert each["damaged"].startswith("ValueError: rank 2: ") and "cut short, altered" in each["damaged"]
         assert each["fewer"] == 3
         assert each["seeds"][0] == each["seeds"][1]  # in a way that is defined
     assert zero["drawn"] != one["drawn"]
     assert zero["weight"] == one["weight"]
     assert zero["seeds"] != one["seeds"]
-    assert zero["alone"].startswith("TypeError: expected process_group to be one of torch.distributed, with this rank")
-    assert one["alone"] == 4
 
 
 def test_ranks_that_were_not_saved():
