@@ -19,6 +19,7 @@ values 0..16: Binomial(16).
 from __future__ import annotations
 
 import argparse
+import gc
 import os
 import statistics
 import time
@@ -69,12 +70,10 @@ def begin(data_ranks):
 # %%
 # Model and guide
 # ---------------
-# Two torch modules with Pyro statements in their ``forward``, so that the loss of the two is a module that has their
-# parameters, as DistributedDataParallel wants it. (Methods of one module would not do: the loss would have none.)
-#
-# ``size`` is how many digits there are in all: the plate scales the bound of a batch by size / len(counts). With the
-# data shared out, each process scales by the length of its own part, so that each one's gradient is an unbiased
-# estimate of the full data's; DistributedDataParallel takes the mean of these. There is nothing else to scale.
+# As anyone would write them, but for ``size``, how many digits there are in all: the plate scales the bound of a batch
+# by size / len(counts). With the data shared out, each process scales by the length of its own part, so that each one's
+# gradient is an unbiased estimate of the full data's. DistributedDataParallel takes the mean of these, which is one,
+# too: nothing is to be multiplied by the number of processes.
 
 
 def mlp(*widths):
@@ -82,23 +81,18 @@ def mlp(*widths):
     return nn.Sequential(*layers[:-1])
 
 
-class Model(nn.Module):
+class VAE(nn.Module):
     def __init__(self):
         super().__init__()
+        self.encoder = mlp(PIXELS, 100, 100, 2 * LATENTS)
         self.decoder = mlp(LATENTS, 100, 100, PIXELS)
 
-    def forward(self, counts, size):
+    def model(self, counts, size):
         with pyro.plate("digits", size, subsample=torch.arange(len(counts))):
             z = pyro.sample("z", dist.Normal(counts.new_zeros(LATENTS), 1.0).to_event(1))
             pyro.sample("pixels", dist.Binomial(LEVELS, logits=self.decoder(z)).to_event(1), obs=counts)
 
-
-class Guide(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.encoder = mlp(PIXELS, 100, 100, 2 * LATENTS)
-
-    def forward(self, counts, size):
+    def guide(self, counts, size):
         with pyro.plate("digits", size, subsample=torch.arange(len(counts))):
             loc, log_scale = self.encoder(counts / LEVELS).chunk(2, dim=-1)
             pyro.sample("z", dist.Normal(loc, log_scale.exp()).to_event(1))
@@ -129,10 +123,10 @@ def batch_of(digits, step, mesh, args):
 
 
 def train(digits, mesh, args):
-    """Trains from where the last run has stopped; returns model, guide, and losses and seconds by step."""
+    """Trains from where the last run has stopped; returns the VAE, and losses and seconds by step."""
     pyro.set_rng_seed(args.seed)  # the same in all processes, so that parameters begin alike
-    model, guide = Model().to(digits.device), Guide().to(digits.device)
-    loss = ImportanceWeightedELBO(args.num_particles, process_group=mesh["particles"])(model, guide)
+    vae = VAE().to(digits.device)
+    loss = ImportanceWeightedELBO(args.num_particles, process_group=mesh["particles"])(vae.model, vae.guide)
     if mesh.size(0) > 1:
         loss = DistributedDataParallel(loss, process_group=mesh["data"].get_group())
     optim, history = torch.optim.Adam(loss.parameters(), lr=1e-3), History()
@@ -142,8 +136,8 @@ def train(digits, mesh, args):
     world = distributed.group.WORLD
     checkpoint = Checkpoint(
         args.output / "run.ckpt",
-        model=model,
-        guide=guide,
+        model=vae.model,
+        guide=vae.guide,
         optim=optim,
         further={"history": history},
         process_group=world,
@@ -162,7 +156,7 @@ def train(digits, mesh, args):
         if (step + 1) % args.save_every == 0 or step + 1 == args.steps:
             checkpoint.save(step + 1)
             bar.set_postfix_str(f"{-history.losses[-1]:.1f} nats per digit")
-    return model, guide, history.losses, seconds
+    return vae, history.losses, seconds
 
 
 def plot_losses(losses, path):
@@ -198,10 +192,10 @@ def main():
     counts = counts[torch.randperm(len(counts), generator=torch.Generator().manual_seed(args.seed))]
     training, held_out = (counts[:128], counts[-24:]) if args.smoke else (counts[:1437], counts[1437:])
 
-    model, guide, losses, seconds = train(training, mesh, args)
+    vae, losses, seconds = train(training, mesh, args)
     found = evaluate(  # by all processes together, whatever the mesh
-        model,
-        guide,
+        vae.model,
+        vae.guide,
         held_out,
         len(held_out),
         num_particles=100 if args.smoke else 1000,
@@ -218,8 +212,11 @@ def main():
         print(f"{count} held-out digits, log evidence: {log_evidence:.2f} ± {std_error:.2f} nats per digit")
         plot_losses(losses, args.output / "loss.png")
         print(f"Figure and checkpoint are in {args.output.resolve()}.")
-    distributed.destroy_process_group()
 
 
 if __name__ == "__main__":
     main()
+    # Threads of gloo that are still there when Python ends may abort the process (pytorch/pytorch#179291). They end
+    # here, once nothing holds the group.
+    gc.collect()
+    distributed.destroy_process_group()

@@ -51,10 +51,9 @@ LEVELS, PIXELS, LATENTS = 16, 64, 20
 # %%
 # Model and guide
 # ---------------
-# Two torch modules, whose parameters the loss has as its own. (Two methods of one module would not do: it would have
-# none.) ``size`` is how many digits there are in all: the plate scales a batch's bound by size / len(counts). Under DDP
-# each process does so with a batch of its own. Each one's gradient is then an unbiased estimate of the full data's, and
-# so is DDP's mean over processes: nothing is to be multiplied by their number.
+# As anyone would write them, but for ``size``, how many digits there are in all: the plate scales a batch's bound by
+# size / len(counts). Under DDP each process does so with a batch of its own. Each one's gradient is then an unbiased
+# estimate of the full data's, and so is DDP's mean over processes: nothing is to be multiplied by their number.
 
 
 def mlp(*widths):
@@ -62,23 +61,18 @@ def mlp(*widths):
     return nn.Sequential(*layers[:-1])
 
 
-class Model(nn.Module):
+class VAE(nn.Module):
     def __init__(self):
         super().__init__()
+        self.encoder = mlp(PIXELS, 100, 100, 2 * LATENTS)
         self.decoder = mlp(LATENTS, 100, 100, PIXELS)
 
-    def forward(self, counts, size):
+    def model(self, counts, size):
         with pyro.plate("digits", size, subsample=torch.arange(len(counts))):
             z = pyro.sample("z", dist.Normal(counts.new_zeros(LATENTS), 1.0).to_event(1))
             pyro.sample("pixels", dist.Binomial(LEVELS, logits=self.decoder(z)).to_event(1), obs=counts)
 
-
-class Guide(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.encoder = mlp(PIXELS, 100, 100, 2 * LATENTS)
-
-    def forward(self, counts, size):
+    def guide(self, counts, size):
         with pyro.plate("digits", size, subsample=torch.arange(len(counts))):
             loc, log_scale = self.encoder(counts / LEVELS).chunk(2, dim=-1)
             pyro.sample("z", dist.Normal(loc, log_scale.exp()).to_event(1))
@@ -87,13 +81,14 @@ class Guide(nn.Module):
 # %%
 # What Lightning trains
 # ---------------------
-# Validation calls the same loss, as if there were no other digits than the batch's.
+# The loss is a module that has the VAE's parameters. Validation calls the same, as if the batch were all there is.
 
 
 class LightningVAE(lightning.LightningModule):
     def __init__(self, num_particles, size, seed):
         super().__init__()
-        self.elbo_module = ImportanceWeightedELBO(num_particles)(Model(), Guide())
+        self.vae = VAE()
+        self.elbo_module = ImportanceWeightedELBO(num_particles)(self.vae.model, self.vae.guide)
         self.size, self.seed, self.history = size, seed, {"training": [], "validation": []}
 
     def training_step(self, batch):
@@ -157,7 +152,7 @@ def main():
     training, validation = (counts[:128], counts[-24:]) if args.smoke else (counts[:1437], counts[1437:])
 
     lightning.seed_everything(args.seed, verbose=False)  # all processes begin with the same parameters
-    vae = LightningVAE(args.num_particles, len(training), args.seed)
+    module = LightningVAE(args.num_particles, len(training), args.seed)
     trainer = lightning.Trainer(
         accelerator="cpu",
         devices=args.devices,
@@ -169,20 +164,20 @@ def main():
         enable_progress_bar=not args.quiet,
     )
     trainer.fit(
-        vae,
+        module,
         DataLoader(training, batch_size=64 // args.devices, shuffle=True),  # Lightning gives each process its own rows
         DataLoader(validation, batch_size=60),
         ckpt_path=args.output / "run.ckpt" if args.resume else None,
         weights_only=True,
     )
     if trainer.is_global_zero:  # the others are done
-        model, guide = vae.elbo_module.model, vae.elbo_module.guide
+        model, guide, history = module.vae.model, module.vae.guide, module.history
         K, count = 100 if args.smoke else 1000, len(validation)
         total = evaluate(model, guide, validation, count, num_particles=K, progress=not args.quiet).total
-        print(f"\n{count} validation digits after {len(vae.history['training'])} epochs: nats per digit")
-        print(f"bound, K = {args.num_particles}: {vae.history['validation'][-1]:.2f}")
+        print(f"\n{count} validation digits after {len(history['training'])} epochs: nats per digit")
+        print(f"bound, K = {args.num_particles}: {history['validation'][-1]:.2f}")
         print(f"log evidence: {total.log_evidence / count:.2f} ± {total.std_error / count:.2f}")
-        plot_history(vae.history, total.log_evidence / count, args.output / "lightning_vae.png")
+        plot_history(history, total.log_evidence / count, args.output / "lightning_vae.png")
         print(f"Figure and checkpoint are in {args.output.resolve()}.")
 
 
