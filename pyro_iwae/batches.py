@@ -84,10 +84,10 @@ class Source:
         if turn is not None:
             return cls._shared(turn, lambda: cls.of(call, num_particles, chunk_size, options, posterior_draw))
         minibatch = Minibatch()
-        first = weigh_particles(call, num_particles=1, minibatch=minibatch, **options)
+        first = weigh_particles(call, num_particles=1, averaged=False, minibatch=minibatch, **options)
         _require_evidence(first)
         seeded("probe")
-        probe = weigh_particles(call, num_particles=1, minibatch=minibatch, **options)
+        probe = weigh_particles(call, num_particles=1, averaged=False, minibatch=minibatch, **options)
         _require_density(first, probe)
         found = cls(
             call,

@@ -16,7 +16,6 @@ from pyro_iwae.logweights import LogWeights
 from pyro_iwae.resampling import multinomial
 from pyro_iwae.selection import Held, Passed, completed, held_of, pass_by
 from pyro_iwae.sharing import Sharing, sites_at_fault
-from pyro_iwae.weighing import warn_of_impossible
 
 __all__ = ["select_shared"]
 
@@ -36,9 +35,7 @@ def select_shared(sharing: Sharing) -> Passed:
     sums = ranks.gather(torch.stack([held.log_sum, others]))
     log_sum, log_others = sums[:, 0].logsumexp(0), sums[:, 1].logsumexp(0)
     taken = multinomial(sums[:, 0]) == ranks.rank  # with random numbers that all share
-    if ranks.rank == 0:  # once is enough
-        sites = partial(sites_at_fault, held.particles)
-        warn_of_impossible(log_sum == -math.inf, sharing.num_particles, sites)
+    sharing.warn(log_sum == -math.inf, partial(sites_at_fault, held.particles))
     picked = held.picked.of_ranks(taken, held.particles.layout, ranks.sum)
     found = replace(held, picked=picked, log_sum=log_sum, log_others=log_others)
     return ranks.attempt(lambda: (completed(sharing.call, found, sharing.num_particles), []))[0]

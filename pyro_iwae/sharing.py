@@ -154,7 +154,9 @@ class Sharing:
         """Log weight of one particle that all processes draw alike."""
 
         def weigh() -> LogWeights:
-            return weigh_particles(self.call, num_particles=1, minibatch=self.turn.minibatch, **self.options).weights
+            minibatch = self.turn.minibatch
+            found = weigh_particles(self.call, num_particles=1, averaged=False, minibatch=minibatch, **self.options)
+            return found.weights
 
         with poutine.block(), unchanged_state(self.call.model, self.call.guide):
             weights = without_graph(weigh)
@@ -177,7 +179,7 @@ class Sharing:
         """The weights of all K, in every process."""
         weights, sites = self.values()
         rows = self.ranks.gather_rows(weights.log_weights, self.num_particles)
-        self._warn((rows == -math.inf).all(0), sites)
+        self.warn((rows == -math.inf).all(0), sites)
         return replace(weights, log_weights=rows, score=None, score_log_q=None, cut=None, children=())
 
     def all_weights(self) -> LogWeights:
@@ -203,12 +205,19 @@ class Sharing:
         totals = own.gathered(self.ranks.gather, self.num_particles)
         if bool((totals.value == -math.inf).any()):
             own_impossible = (weights.log_weights == -math.inf).all(0)
-            self._warn(self.ranks.gather(own_impossible.to(torch.uint8)).bool().all(0), sites)
+            self.warn(self.ranks.gather(own_impossible.to(torch.uint8)).bool().all(0), sites)
         return totals
 
-    def _warn(self, impossible: Tensor, sites: Sites) -> None:
-        if self.ranks.rank == 0:  # once is enough
-            warn_of_impossible(impossible, self.num_particles, sites)
+    def warn(self, impossible: Tensor, sites: Sites) -> None:
+        """Warns once, in the first process, of elements for which all K are impossible; ``-W error`` stops all."""
+
+        def alone() -> tuple[None, list[int]]:
+            if self.ranks.rank == 0:
+                warn_of_impossible(impossible, self.num_particles, sites)
+            return None, []
+
+        if bool(impossible.any()):
+            self.ranks.attempt(alone)
 
     def value(self, weights: LogWeights, totals: Totals) -> Tensor:
         """The objective, scaled and summed."""

@@ -150,7 +150,7 @@ def weigh_particles(
     layouts = _common_layouts(structure, pairs, num_particles, alike=described)
     if averaged:
         require_full_plates(pairs[0], layouts, structure.run.tree, whole)
-    weights = weigh(pairs, layouts, structure.run, num_particles, cut=recording.cut, whole=among is None)
+    weights = weigh(pairs, layouts, structure.run, num_particles, cut=recording.cut, whole=among is None and averaged)
     return Particles(weights, pairs, layouts, structure, minibatch)
 
 

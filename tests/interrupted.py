@@ -7,6 +7,7 @@ Not a test by itself: ``torchrun ... tests/interrupted.py FOLDER KILLED_RANK KIL
 """
 
 import datetime
+import gc
 import os
 import signal
 import sys
@@ -50,6 +51,8 @@ def main(folder, killed_rank, killed_at):
     if rank == 0:
         values = {n: p.detach() for n, p in pyro.get_param_store().items()}
         torch.save({"start": start, "values": values, "next": torch.rand(())}, folder / "end.pt")
+    del group, svi, checkpoint
+    gc.collect()  # gloo may abort at the end of a process where tensors that it has sent are still alive
     torch.distributed.destroy_process_group()
 
 

@@ -251,6 +251,32 @@ def test_parameters_without_names(processes):
         assert "two tensors with the same values" in message and "pyro.module('name', module)" in message
 
 
+def hopeless(group, kind):
+    """All particles are impossible in one element."""
+
+    def never(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+            pyro.factor("fence", torch.tensor([0.0, -math.inf, 0.0]))
+
+    if kind == "step":
+        step_of(group, never)
+    elif kind == "draw":
+        ImportanceResampledGuide(never, guide, 8, process_group=group)(X)
+    else:
+        evaluate(never, guide, X, num_particles=8, process_group=group, progress=False)
+
+
+@pytest.mark.parametrize("kind", ["step", "draw", "evaluation"])
+def test_impossible_elements_are_warned_of_once(processes, kind):
+    """By the first process, with the site; where warnings are errors, as here, all stop."""
+    for name, message in processes.errors(hopeless, kind, ranks=PAIR):
+        assert name == "UserWarning", message
+        assert "rank 0: all 8 particles are impossible" in message and "through site 'fence'" in message
+    assert len(set(processes.run(good, ranks=PAIR))) == 1
+
+
 # What cannot be
 
 
