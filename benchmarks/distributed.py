@@ -4,12 +4,14 @@
 """Particles shared out over two processes of one thread each: how much faster, and what goes over the wire.
 
 Evaluation of scikit-learn's digits under a 64-100-100-20 VAE, and training steps of it, by one process alone (the other
-waits) and by both, in turns, with gloo over the loopback interface. Bytes are those that this interface counts (Linux),
-TCP's headers included, against the formula of ``docs/distributed``. Two processes on two cores share memory and caches:
-other machines scale in another way. Writes ``distributed.json`` and ``distributed.md`` into ``benchmarks/results``.
+waits) and by both, in turns, with gloo over the loopback interface; in processes that keep the memory that they have had
+(see ``evaluating.py``). Bytes are those that this interface counts (Linux), TCP's headers included, against the formula
+of ``docs/distributed``. Two processes on two cores share memory and caches: other machines scale in another way. Writes
+``distributed.json`` and ``distributed.md`` into ``benchmarks/results``.
 """
 
 import json
+import os
 import statistics
 import tempfile
 from pathlib import Path
@@ -17,7 +19,7 @@ from pathlib import Path
 import pyro
 import torch
 import torch.distributed as dist
-from evaluating import digits, trained
+from evaluating import KEEPS, digits, trained
 from support import arguments, keep, provenance, seconds, spread, surroundings
 from support.markdown import duration, markdown
 from support.vae import VAE
@@ -46,6 +48,7 @@ def main():
         options.digits, options.particles, options.chunk, options.replicates = 20, 200, 50, 2
         options.rounds, options.steps, options.quiet = 2, 3, True
     torch.set_num_threads(options.threads)
+    os.environ.update(KEEPS)  # for the processes that are started: see evaluating.py
     with tempfile.TemporaryDirectory() as folder:
         multiprocessing.spawn(worker, (folder, options), nprocs=SIZE)
         measured = json.loads(Path(folder, "measured.json").read_text())

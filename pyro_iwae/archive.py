@@ -43,7 +43,7 @@ def write_whole(path: str | os.PathLike[str], write: Callable[[BinaryIO], None])
         write: is called with the new file, open.
     """
     path = Path(path)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".part")
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f"{path.name}.", suffix=".part")
     try:
         with os.fdopen(handle, "wb") as file:
             write(file)

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import io
 import os
@@ -161,6 +162,11 @@ class Checkpoint:
         payload = payload if self._ranks is None else self._ranks.from_first(payload)
         if payload is None:
             return 0
+        if self._ranks is None:
+            return self._restored(payload, args, kwargs)
+        return self._ranks.attempt(lambda: (self._restored(payload, args, kwargs), []))[0]
+
+    def _restored(self, payload: bytes, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int:
         saved = self._unpacked(payload)
         self._require_parts(saved["states"].keys())
         with unchanged_state(*self._programs), poutine.block(), torch.no_grad():
@@ -175,7 +181,8 @@ class Checkpoint:
         for part in self._holders:
             self._load_holder(part, saved["states"][part])
         _set_random_state(saved["random"], self._rank)
-        return saved["step"]
+        step: int = saved["step"]
+        return step
 
     # What belongs to it
 
@@ -221,7 +228,12 @@ class Checkpoint:
     # Reading
 
     def _read(self) -> bytes | None:
-        """What the file holds, once its checksum is right; None where there is no file."""
+        """What the file holds, once its checksum is right; None where there is no file.
+
+        A save that was killed leaves what it had written beside it; that goes, as nobody writes while a run begins.
+        """
+        for left in self.path.parent.glob(f"{glob.escape(self.path.name)}.????????.part"):
+            left.unlink(missing_ok=True)
         try:
             file = open(self.path, "rb")
         except FileNotFoundError:

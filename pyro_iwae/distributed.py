@@ -16,14 +16,17 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
 
-__all__ = ["Ranks", "bits_of", "checksum", "float_of", "number_of"]
+__all__ = ["Ranks", "bits_of", "checksum", "described", "float_of", "number_of"]
 
 Result = TypeVar("Result")
 WIDTH = 8  # numbers in what attempt() tells
+TOGETHER = 2**20
 MULTIPLIER = 0x9E3779B97F4A7C15 - 2**64  # an odd number whose multiples look random in 64 bits
 WHOLE = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -38,6 +41,7 @@ class Ranks:
         rank: number of this process in the group.
         size: how many there are.
         calls: how many calls they have begun together.
+        compared: parameters whose values were seen to be the same in all.
 
     Raises:
         TypeError: where it is something else.
@@ -48,6 +52,7 @@ class Ranks:
         self.group = _as_group(group)
         self.rank, self.size = dist.get_rank(self.group), dist.get_world_size(self.group)
         self.calls = 0
+        self.compared: Any = WeakIdKeyDictionary()
         if self.rank < 0:
             raise ValueError(
                 "expected a process group that this process is a part of, got one of others; make an object with "
@@ -137,8 +142,8 @@ class Ranks:
             reason = next(iter(str(error).splitlines()), "")
             raise RuntimeError(
                 f"{self.name(self.rank)} cannot go on: another of the {self.size} processes that share the work has "
-                "ended, has raised an error elsewhere, or was silent for longer than the group's time limit "
-                f"(init_process_group(timeout=...)); see what it printed. torch.distributed says: {reason}"
+                "ended, has raised an error elsewhere, or was silent for longer than the group's time limit (timeout= "
+                f"of init_process_group or new_group); see what it printed. torch.distributed says: {reason}"
             ) from error
 
     # Together, or not at all
@@ -207,9 +212,10 @@ class Ranks:
 
 
 def checksum(*values: Any) -> int:
-    """A number that tells tensors and plain values, nested as they are, from others; of anything else its type alone.
+    """A number that tells tensors, arrays and plain values from others, nested in lists, mappings and objects.
 
-    Rows in another order have another one. Tensors are read where they lie, once.
+    Rows in another order have another one. Tensors are read where they lie, once. Of what can be called, and of what
+    holds nothing that Python shows, the type alone counts.
     """
     found, scalars = list[str](), list[Tensor]()
 
@@ -228,15 +234,32 @@ def checksum(*values: Any) -> int:
                 visit(inner)
         elif value is None or isinstance(value, str | int | float | complex):
             found.append(repr(value))
+        elif isinstance(value, np.ndarray | np.generic) and value.dtype.kind in "biufc":
+            visit(torch.as_tensor(value))
         else:
             found.append(type(value).__qualname__)
+            if not callable(value) and id(value) not in seen:
+                seen.add(id(value))  # an object may hold itself
+                visit(getattr(value, "__dict__", {}))
 
+    seen = set[int]()
     visit(values)
     by_device: dict[torch.device, list[Tensor]] = {}
     for scalar in scalars:
         by_device.setdefault(scalar.device, []).append(scalar)
     read = {device: iter(torch.stack(some).tolist()) for device, some in by_device.items()}  # one transfer for each
     return number_of(*found, *(next(read[scalar.device]) for scalar in scalars))
+
+
+def described(value: Any) -> str:
+    """How an option prints; where it does not say what it holds, by that."""
+    if isinstance(value, list | tuple):
+        return f"({', '.join(map(described, value))})"
+    if isinstance(value, Mapping):
+        return f"{{{', '.join(f'{k}: {described(v)}' for k, v in value.items())}}}"
+    if type(value).__repr__ is object.__repr__:  # an address, which no other process has
+        return f"{type(value).__qualname__}({checksum(vars(value))})"
+    return repr(value)
 
 
 def number_of(*values: Any) -> int:
@@ -258,16 +281,21 @@ def float_of(bits: int) -> float:
 
 
 def _sum_of_bits(value: Tensor) -> Tensor:
-    """Sum of all elements' bits as whole numbers, each times a multiple of its own; exact, in whatever order."""
+    """Sum of all elements' bits as whole numbers, each times a multiple of its own; exact, in whatever order.
+
+    Of a million elements at a time, as it takes some times their memory.
+    """
     value = value.detach().resolve_conj().resolve_neg()
     if value.layout != torch.strided:
         value = value.to_dense()
     value = torch.view_as_real(value) if value.is_complex() else value
     flat = value.contiguous().reshape(-1)
-    bits = flat.view(WHOLE[flat.element_size()]).to(torch.int64)
-    places = torch.arange(1, len(bits) + 1, device=bits.device)
-    mixed = bits * MULTIPLIER
-    return ((mixed ^ (mixed >> 32)) * (places * MULTIPLIER | 1)).sum()
+    total = torch.zeros((), dtype=torch.int64, device=flat.device)
+    for start in range(0, len(flat), TOGETHER):
+        mixed = flat[start : start + TOGETHER].view(WHOLE[flat.element_size()]).to(torch.int64) * MULTIPLIER
+        places = torch.arange(start + 1, start + 1 + len(mixed), device=flat.device)
+        total += ((mixed ^ (mixed >> 32)) * (places * MULTIPLIER | 1)).sum()
+    return total
 
 
 def _as_group(group: Any) -> Any:

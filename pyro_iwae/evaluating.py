@@ -25,7 +25,7 @@ from pyro_iwae.distributed import Ranks
 from pyro_iwae.evaluation import Evaluation, require_constant
 from pyro_iwae.options import as_count, require_callables, require_options
 from pyro_iwae.particles import Call
-from pyro_iwae.parts import Part
+from pyro_iwae.parts import Part, figures
 from pyro_iwae.state import seeded, unchanged_state
 from pyro_iwae.structure import StructureCache
 from pyro_iwae.tree import PlateParticles
@@ -153,7 +153,7 @@ def evaluate(
     ranks = Ranks.of(process_group)
     if ranks is not None:
         ranks.share(num_particles)  # is there one for each?
-    way = facts, num_replicates, most, targets
+    way = facts, num_replicates, most, targets, save_to is None
     with _begun(ranks, (args, kwargs), way) as (seed, turn), _apart(), unchanged_state(model, guide):
         first = ranks is None or ranks.rank == 0
         with tqdm(total=total, disable=not (progress and first), desc="evaluate") as bar:
@@ -361,7 +361,9 @@ class _Run:
 
     def _replicate(self, source: Source, key: str, dim: int | None, done: int) -> Part:
         seed = seeded(self.kept.seed, key, done)
-        return Part.of(key, dim, seed, source.draw(), self.kept.ks)
+        drawn = source.draw()
+        found = _figures(self.ranks, drawn.log_weights, self.kept.ks)
+        return Part.of(key, dim, seed, drawn, found)
 
     def _further(
         self,
@@ -394,20 +396,25 @@ class _Run:
         if len(part.seeds) == 1:
             require_constant([next(iter(self.parts.values())).constant, part.constant])
         self.bar.update()
-        now = time.monotonic()
-        if not self.bar.disable and now - self.shown > REDRAWN_EVERY:
-            self.shown = now
+        if not self.bar.disable and time.monotonic() - self.shown > REDRAWN_EVERY:
+            self.shown = time.monotonic()
             mean = float(part.log_evidence().value.mean())
             self.bar.set_postfix_str(f"log p(x) {mean:.4g} per element", refresh=False)
-        if self.path is not None and now - self.saved >= self.save_every:
-            self._save()
+        self._save(self.save_every)
         return part
 
-    def _save(self) -> None:
-        assert self.path is not None
-        if self.ranks is None or self.ranks.rank == 0:
-            self._result().save(self.path)
-        self.saved = time.monotonic()
+    def _save(self, least: float = 0.0) -> None:
+        """Saves what there is, if that was so many seconds ago; the first process does, and all hear of an error."""
+
+        def alone() -> tuple[None, list[int]]:
+            first = self.ranks is None or self.ranks.rank == 0
+            if self.path is not None and first and time.monotonic() - self.saved >= least:
+                self._result().save(self.path)
+                self.saved = time.monotonic()
+            return None, []
+
+        if self.path is not None:
+            alone() if self.ranks is None else self.ranks.attempt(alone)
 
     def _result(self) -> Evaluation:
         return replace(self.kept, parts=tuple(self.parts.values()))
@@ -422,8 +429,7 @@ class _Run:
                 f"expected data to give all {len(self.parts)} batches that the file holds, got {len(self.given)} of "
                 "them; give all of the data, or take another file for save_to"
             )
-        if self.path is not None:
-            self._save()
+        self._save()
         return self._result()
 
     def _require_same(self, source: Source, key: str, position: int) -> None:
@@ -441,6 +447,18 @@ class _Run:
                 f"expected batch {position} of the data to be what it was when the evaluation was begun, got other "
                 "rows; give them in the same order each time (shuffle=False), or take another file for save_to"
             )
+
+
+def _figures(ranks: Ranks | None, log_weights: Tensor, ks: Sequence[int]) -> dict[str, Tensor]:
+    """What is kept of a replicate; of a part of the elements in each process, where several have all the weights."""
+    shape = log_weights.shape[1:]
+    count = shape.numel()
+    if ranks is None or count < ranks.size:
+        return figures(log_weights, ks)
+    columns, (start, stop) = log_weights.reshape(-1, count), ranks.share(count)
+    found, _ = ranks.attempt(lambda: (figures(columns[:, start:stop], ks), []))
+    every = ranks.gather_rows(torch.stack(list(found.values()), 1), count)
+    return {name: every[:, i].reshape(shape) for i, name in enumerate(found)}
 
 
 def _row_dim(source: Source, count: int, row_plate: str | None) -> int:

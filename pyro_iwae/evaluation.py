@@ -241,13 +241,14 @@ class Evaluation:
 
         For data that are shared out: each process evaluates rows of its own, every row in one process alone::
 
-            rows = torch.arange(len(x)).chunk(dist.get_world_size())[dist.get_rank()]
+            rows = torch.arange(len(x)).tensor_split(dist.get_world_size())[dist.get_rank()]
             own = evaluate(model, guide, data=DataLoader(TensorDataset(x[rows]), batch_size=256))
             whole = own.gathered(dist.group.WORLD)
 
         Args:
-            process_group: of ``torch.distributed``. A sampler that repeats rows, so that each process has as many
-                (``DistributedSampler``), would have these counted twice, which is warned of.
+            process_group: of ``torch.distributed``; each process must have evaluated one row at least. A sampler that
+                repeats rows, so that each process has as many (``DistributedSampler``), would have these counted
+                twice, which is warned of.
 
         Raises:
             ValueError: as ``+`` does.

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from jaxtyping import Float
@@ -49,6 +49,7 @@ if TYPE_CHECKING:
 
 __all__ = ["ElboInterval", "ImportanceResampledGuide"]
 
+Result = TypeVar("Result")
 NUMBERS_PER_PASS = 20_000_000  # about what sample() holds at once: draws x particles x numbers in one trace
 
 
@@ -142,24 +143,32 @@ class ImportanceResampledGuide(Owning):
         self.chunk_size = require_chunk_size(chunk_size)
         self.vectorize_particles = vectorize_particles
         self.max_plate_nesting = max_plate_nesting
-        self.process_group, self._ranks = process_group, Ranks.of(process_group)
+        self.process_group = process_group
         if self._ranks is not None:
             self._ranks.share(self.num_particles)  # is there one for each?
         self._structures = StructureCache()
         self._is_set_up = False
+
+    @property
+    def process_group(self) -> ProcessGroup | DeviceMesh | None:
+        """The processes that share the particles."""
+        return self._group
+
+    @process_group.setter
+    def process_group(self, group: ProcessGroup | DeviceMesh | None) -> None:
+        self._group, self._ranks = group, Ranks.of(group)
 
     # As a guide
 
     def forward(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
         """Emits one draw as sample sites, and its log density as a factor; returns the values by name."""
         call = self._call(args, kwargs, enclosing_frames())
-        with self._inside():
-            self._set_up(call)
         with self._together(call, "a draw") as sharing:
             return self._emitted(call, sharing)
 
     def _emitted(self, call: Call, sharing: Sharing | None) -> dict[str, Tensor]:
         with self._inside():
+            _alone(sharing, lambda: self._set_up(call))
             passed = self._select(call, sharing)
             particles, selection = passed.particles, passed.selection
             _require_enclosing(particles.layout, call.enclosing)
@@ -307,8 +316,9 @@ class ImportanceResampledGuide(Owning):
             call = self._call(args, kwargs)
             with self._apart():
                 return draw_pooled(call, self._weigh(call), num_draws, method)
-        with self._apart():
-            structure = self._weigh(self._call(args, kwargs), 1).structure
+        call = self._call(args, kwargs)
+        with self._apart(), self._together(call, "sample") as sharing:
+            structure = _alone(sharing, lambda: self._weigh(call, 1, averaged=False).structure)
             if not structure.run.vectorized:
                 return _stacked([self(*args, **kwargs) for _ in range(num_draws)])
             most = structure.run.tree.most(self.num_particles)
@@ -458,6 +468,11 @@ class ImportanceResampledGuide(Owning):
         if chunks is None:
             return self._weigh(call, minibatch=minibatch).weights
         return chunks.values()
+
+
+def _alone(sharing: Sharing | None, fn: Callable[[], Result]) -> Result:
+    """Runs something, so that an error in one process is raised in all that share particles."""
+    return fn() if sharing is None else sharing.ranks.attempt(lambda: (fn(), []))[0]
 
 
 def _stacked(draws: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:

@@ -163,11 +163,11 @@ class Part:
     digests: tuple[str, ...] = ()
 
     @classmethod
-    def of(cls, key: str, rows: int | None, seed: int, drawn: Drawn, ks: Sequence[int]) -> Part:
-        """One replicate; what is kept of it leaves the GPU."""
+    def of(cls, key: str, rows: int | None, seed: int, drawn: Drawn, found: Mapping[str, Tensor]) -> Part:
+        """One replicate, with the figures that were found of it; what is kept of it leaves the GPU."""
         log_weights = drawn.log_weights
         further = {name: defined(value) for name, value in drawn.further.items()}
-        values = {n: v.cpu().double().unsqueeze(0) for n, v in {**figures(log_weights, ks), **further}.items()}
+        values = {n: v.cpu().double().unsqueeze(0) for n, v in {**found, **further}.items()}
         tail, floor = (value.cpu() for value in _largest(log_weights, len(log_weights)))
         return cls(
             key=key,

@@ -34,7 +34,7 @@ def select_shared(sharing: Sharing) -> Passed:
     others = held.log_others if ranks.rank == 0 else held.log_sum
     sums = ranks.gather(torch.stack([held.log_sum, others]))
     log_sum, log_others = sums[:, 0].logsumexp(0), sums[:, 1].logsumexp(0)
-    taken = multinomial(sums[:, 0]) == ranks.rank  # with random numbers that all share
+    taken = ranks.from_first(multinomial(sums[:, 0]).cpu()).to(log_sum.device) == ranks.rank  # others may round apart
     sharing.warn(log_sum == -math.inf, partial(sites_at_fault, held.particles))
     picked = held.picked.of_ranks(taken, held.particles.layout, ranks.sum)
     found = replace(held, picked=picked, log_sum=log_sum, log_others=log_others)

@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, TypeVar
 
@@ -21,13 +21,17 @@ import pyro
 import torch
 from pyro import poutine
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 
 from pyro_iwae.chunks import Chunks, chunks_of, loss_of_part, without_graph
 from pyro_iwae.distributed import Ranks, bits_of, checksum, number_of
+from pyro_iwae.drawn import settable
 from pyro_iwae.logweights import LogWeights
 from pyro_iwae.particles import Call
 from pyro_iwae.piecemeal import Piecemeal
+from pyro_iwae.plates import sample_sites
 from pyro_iwae.state import module_behind, unchanged_state
+from pyro_iwae.structure import Structure
 from pyro_iwae.terms import outer_scale, terms_of
 from pyro_iwae.totals import Totals
 from pyro_iwae.traces import Recording
@@ -53,6 +57,7 @@ class Sharing:
         num_particles: K.
         chunk_size: at most so many particles in the memory of one process; None is all of its part.
         options: those of :func:`~pyro_iwae.weighing.weigh_particles`.
+        buffers: of the modules that run.
     """
 
     turn: Turn
@@ -60,6 +65,7 @@ class Sharing:
     num_particles: int
     chunk_size: int | None
     options: Mapping[str, Any]
+    buffers: list[Tensor] = field(default_factory=list)
 
     @classmethod
     @contextmanager
@@ -135,32 +141,50 @@ class Sharing:
             question = Question(
                 self.call, num_particles=self.num_particles, minibatch=self.turn.minibatch, **self.options
             )
-            question.answer()  # with shared random numbers: verdict, and parameters that are made on the way
-            probe = self._probe() if self.turn.is_due else 0.0
+            structure = question.answer()  # with shared random numbers: the verdict, and parameters made on the way
+            probe, data = self._probe() if self.turn.is_due else (0.0, 0)
             with self.turn.own():
                 found = draw()
             weights = weights_of(found)
             shape = number_of(weights.plates, tuple(weights.log_weights.shape[1:]), sorted(weights.constant))
-            return found, [self.turn.stream, shape, bits_of(probe)]
+            self.buffers[:] = buffers_of(structure)
+            told = [self.turn.stream, self.turn.drawn, shape, bits_of(probe), data, checksum(self.buffers)]
+            return found, told
 
         found, rows = self.ranks.attempt(alone)
-        streams, shapes, probes = zip(*rows, strict=True)
-        self.turn.require_apart(streams)
-        self.ranks.require_same(shapes, "plates of the same sizes", "give all the same model, guide and data")
+        streams, drawn, shapes, probes, data, buffers = zip(*rows, strict=True)
+        self.turn.require_apart(streams, drawn)
+        self.ranks.require_same(
+            shapes,
+            "plates of the same sizes",
+            "give all the same model, guide and data. Where sites inside plates differ from particle to particle, "
+            "particles cannot be shared out: leave process_group out",
+        )
+        self.ranks.require_same(data, "observed data", "let functions hold the same data in all")
         self.turn.require_like(probes)
+        self._align(buffers)
         return found
 
-    def _probe(self) -> float:
-        """Log weight of one particle that all processes draw alike."""
+    def _probe(self) -> tuple[float, int]:
+        """Log weight of one particle that all processes draw alike, and a checksum of what the model observed."""
 
-        def weigh() -> LogWeights:
+        def weigh() -> Particles:
             minibatch = self.turn.minibatch
-            found = weigh_particles(self.call, num_particles=1, averaged=False, minibatch=minibatch, **self.options)
-            return found.weights
+            return weigh_particles(self.call, num_particles=1, averaged=False, minibatch=minibatch, **self.options)
 
         with poutine.block(), unchanged_state(self.call.model, self.call.guide):
-            weights = without_graph(weigh)
-        return float(weights.total(weights.log_weights[0]))
+            particles = without_graph(weigh)
+        weights, trace = particles.weights, particles.pairs[0].model
+        observed = {n: s["value"] for n, s in sample_sites(trace) if s["is_observed"] and settable(s)}
+        return float(weights.total(weights.log_weights[0])), checksum(observed)
+
+    def _align(self, sums: Sequence[int]) -> None:
+        """Gives all processes the first one's buffers, where particles of their own have changed them (BatchNorm)."""
+        if len(set(sums)) > 1:
+            known = self.ranks.from_first([b.detach().cpu() for b in self.buffers])
+            with torch.no_grad():
+                for buffer, value in zip(self.buffers, known, strict=True):
+                    buffer.data.copy_(value)  # .data, so that a graph that is waiting for backward() stays valid
 
     # All K
 
@@ -283,17 +307,21 @@ class Sharing:
                 send_back()
             named = self._named([leaf for leaf, _ in piecemeal.each()])
             _refuse_faulty(piecemeal, named)
-            values = checksum(named) if self.turn.is_due else 0
-            return named, [self.turn.stream, number_of(_kinds(named)), values]
+            fresh = self.turn.is_due or any(leaf not in self.ranks.compared for leaf in named.values())
+            told = [self.turn.stream, number_of(_kinds(named)), fresh, checksum(named) if fresh else 0]
+            return named, [*told, checksum(self.buffers)]
 
         named, rows = self.ranks.attempt(alone)
-        streams, names, values = zip(*rows, strict=True)
-        self.turn.require_apart(streams)
+        streams, names, fresh, values, buffers = zip(*rows, strict=True)
+        self.turn.require_apart(streams, [0] * self.ranks.size)
         if len(set(names)) > 1:
             named = self._every(named)
-        elif len(set(values)) > 1:
-            self._require_same_parameters(named)
+        if any(fresh):
+            if len(set(names)) > 1 or len(set(values)) > 1:
+                self._agree_on(named)
+            self.ranks.compared.update(dict.fromkeys(named.values()))
         self._sum(piecemeal, named)
+        self._align(buffers)
 
     def _named(self, leaves: Sequence[Tensor]) -> dict[str, Tensor]:
         """Tensors that have a gradient, by what they are called in every process, in that order.
@@ -337,15 +365,18 @@ class Sharing:
 
         return self.ranks.attempt(alone)[0]
 
-    def _require_same_parameters(self, named: Mapping[str, Tensor]) -> None:
-        sums = self.ranks.objects({name: checksum(leaf) for name, leaf in named.items()})
-        name = next(n for n in named if len({known[n] for known in sums}) > 1)
-        self.ranks.require_same(
-            [known[name] for known in sums],
-            f"values of parameter '{name}'",
-            "set one seed in all processes before model and guide are made, or load the same checkpoint in all "
-            "(particles differ all the same); then do the same with the parameters in all",
-        )
+    def _agree_on(self, named: Mapping[str, Tensor]) -> None:
+        """Raises where parameters have other values in another process; takes the first's where rounding parts them."""
+        for name, leaf in named.items():
+            every = self.ranks.gather(leaf.detach())
+            limit = torch.finfo(leaf.dtype).eps ** 0.5 * (every[0].abs().mean() + 1e-3)
+            self.ranks.require_same(
+                [bool(((v - every[0]).abs() <= limit).all()) for v in every],
+                f"values of parameter '{name}'",
+                "set one seed in all processes before model and guide are made, or load the same checkpoint in all "
+                "(particles differ all the same); then do the same with the parameters in all",
+            )
+            leaf.data.copy_(every[0])
 
     def _sum(self, piecemeal: Piecemeal, named: Mapping[str, Tensor]) -> None:
         """Sums gradients over processes, those of one dtype and device as one vector."""
@@ -358,6 +389,13 @@ class Sharing:
             total = self.ranks.sum(torch.cat(gradients))
             for leaf, some in zip(leaves, total.split([leaf.numel() for leaf in leaves]), strict=True):
                 piecemeal.put(leaf, some.view_as(leaf))
+
+
+def buffers_of(structure: Structure) -> list[Tensor]:
+    """The buffers of the modules that run, each once."""
+    modules = [module for held, _ in structure.modes if (module := held()) is not None]
+    found = {id(b): b for m in modules for _, b in m.named_buffers(recurse=False) if not is_lazy(b)}
+    return list(found.values())
 
 
 def _kinds(named: Mapping[str, Tensor]) -> list[tuple[str, tuple[int, ...], str]]:

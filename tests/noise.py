@@ -77,12 +77,12 @@ class SameParticles(Messenger):
 
     For sites that are made of Gaussians, coins and categories, straight or through transforms. Runs of two particles,
     which only look at a guide, are left alone: let no chunk be of two. ``first`` is the number of the first particle,
-    where ``num_particles`` are a part of them.
+    where ``num_particles`` are a part of them; ``looks=None`` where no look is to be expected.
     """
 
-    def __init__(self, num_particles, first=0):
+    def __init__(self, num_particles, first=0, looks=2):
         super().__init__()
-        self.num_particles, self.first, self.passed = num_particles, first, {}
+        self.num_particles, self.first, self.looks, self.passed = num_particles, first, looks, {}
 
     def _pyro_sample(self, msg):
         fn = msg["fn"]
@@ -90,7 +90,7 @@ class SameParticles(Messenger):
             return
         dims = [f.dim for f in msg["cond_indep_stack"] if f.name.startswith(PARTICLES)]
         count = fn.batch_shape[max(dims)] if dims else 1
-        if count == 2:
+        if count == self.looks:
             return
         passed = self.passed.get(msg["name"], 0)
         self.passed[msg["name"]] = (passed + count) % self.num_particles

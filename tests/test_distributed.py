@@ -12,8 +12,9 @@ import pyro.distributions as dist
 import pytest
 import torch
 import torch.distributed
+from pyro import poutine
 from pyro.infer import SVI, Predictive, Trace_ELBO
-from pyro.infer.autoguide import AutoLowRankMultivariateNormal
+from pyro.infer.autoguide import AutoLowRankMultivariateNormal, AutoNormal, init_to_sample
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_subsample
 from torch.utils.data import DataLoader, DistributedSampler, Subset, TensorDataset
@@ -34,7 +35,8 @@ from pyro_iwae import (
     gradient_snr,
 )
 from pyro_iwae.distributed import Ranks
-from pyro_iwae.objectives import CIWAE, MIWAE, PIWAE, TVO, Renyi
+from pyro_iwae.objectives import CIWAE, MIWAE, PIWAE, TVO, Objective, Renyi
+from pyro_iwae.totals import LogMean
 from tests import test_chunks
 from tests.noise import SameParticles
 from tests.ranks import ODD, PAIR
@@ -70,15 +72,15 @@ def program_of(name):
     return MODELS[name]
 
 
-def outcome(elbo, model, guide, num_particles, first=0, indices=None, method="loss_and_grads"):
+def outcome(elbo, model, guide, num_particles, first=0, indices=None, method="loss_and_grads", looks=2):
     """Loss, gradients and minibatches, on particles that go by their numbers."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "particles are run one after the other")
         warnings.filterwarnings("ignore", "all .* particles are impossible")
-        elbo.loss(model, guide)
+        (elbo.loss if looks else elbo.loss_and_grads)(model, guide)
         for p in named_parameters().values():
             p.grad = None
-        with Indices(indices) as seen, SameParticles(num_particles, first):
+        with Indices(indices) as seen, SameParticles(num_particles, first, looks):
             loss = getattr(elbo, method)(model, guide)
             if method == "differentiable_loss":
                 (2.0 * loss).backward()
@@ -88,7 +90,7 @@ def outcome(elbo, model, guide, num_particles, first=0, indices=None, method="lo
     return (torch.as_tensor(loss).item(), gradients), seen.found
 
 
-def compare(group, pair, num_particles, every, methods=("loss_and_grads",)):
+def compare(group, pair, num_particles, every, methods=("loss_and_grads",), looks=2):
     """Each set of options: in all processes of the group, and in one."""
     ranks = Ranks(group)
     start, stop = ranks.share(num_particles)
@@ -98,11 +100,11 @@ def compare(group, pair, num_particles, every, methods=("loss_and_grads",)):
             model, guide = program_of(pair)
             pyro.set_rng_seed(10 + ranks.rank)
             shared = ImportanceWeightedELBO(num_particles, process_group=group, **options)
-            found, indices = outcome(shared, model, guide, stop - start, start, method=method)
+            found, indices = outcome(shared, model, guide, stop - start, start, method=method, looks=looks)
             found = found[0], {n: None if g is None else g.clone() for n, g in found[1].items()}
             options = {n: v for n, v in options.items() if n != "chunk_size"}
             alone = ImportanceWeightedELBO(num_particles, **options)
-            expected, _ = outcome(alone, model, guide, num_particles, indices=indices)
+            expected, _ = outcome(alone, model, guide, num_particles, indices=indices, looks=looks)
             assert_same(found, expected)
             sizes.append(stop - start)
     return sizes
@@ -114,6 +116,15 @@ def test_every_model_and_gradient(processes, pair):
     ways = [{"gradient": g} for g in GRADIENTS] + [{"chunk_size": 1}]
     sizes = processes.run(compare, pair, K, ways)
     assert [s[0] for s in sizes] == [4, 3, 3, 3]
+
+
+@pytest.mark.parametrize("pair", ["network", "coins", "one weight for all", "enumerated", "sequential", "hierarchical"])
+def test_one_particle_beside_two(processes, pair):
+    """Traces without a dimension of particles in three processes, with one in the first; and one in each."""
+    options = {"plate_particles": {"data": 3}} if pair == "hierarchical" else {"score": VIMCO()}
+    ways = [{"gradient": g, **options} for g in GRADIENTS]
+    assert [s[0] for s in processes.run(compare, pair, 5, ways, ("loss_and_grads",), None)] == [2, 1, 1, 1]
+    processes.run(compare, pair, 4, ways[:1], ("loss_and_grads",), None)
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES, ids=repr)
@@ -570,3 +581,177 @@ def test_rows_over_processes_go_on_from_their_own_files(processes, tmp_path):
     loaded = Evaluation.load(tmp_path / "0.npz") + Evaluation.load(tmp_path / "1.npz")
     assert torch.equal(loaded.log_evidence, first.log_evidence)
     assert len(set(first.parts[0].seeds + first.parts[-1].seeds)) == 10
+
+
+def minibatch_drawn(group):
+    """Rows that the model saw, and draws."""
+    rows = set()
+
+    def some():
+        with pyro.plate("rows", 12, subsample_size=3) as index:
+            rows.add(tuple(index.tolist()))
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("x", dist.Normal(z, 0.1), obs=10.0 * index.double())
+
+    def draw():
+        with pyro.plate("rows", 12, subsample_size=3) as index:
+            pyro.sample("z", dist.Normal(10.0 * index.double(), 0.3))
+
+    posterior = ImportanceResampledGuide(some, draw, 8, process_group=group)
+    posterior.sample(1)  # the looks see others
+    rows.clear()
+    drawn = posterior.sample(20)["z"]
+    seen = set(rows)
+    mean = posterior.expectation(lambda z: z["z"], num_batches=1)
+    return seen, drawn, mean
+
+
+def test_draws_of_a_minibatch(processes):
+    """Processes have other seeds, and draw for the same rows."""
+    (rows, drawn, mean), (others, again, same) = processes.run(minibatch_drawn, ranks=PAIR)
+    assert rows == others and len(rows) == 1
+    assert torch.equal(drawn, again) and torch.equal(mean, same)
+    ((first, second, third),) = rows
+    torch.testing.assert_close(drawn.mean(0), 10.0 * torch.tensor([first, second, third]).double(), atol=1.0, rtol=0.1)
+
+
+def replaced(group, chunk_size):
+    """The density of a value that a handler has set: its companions are all particles but the first."""
+    found, values = [], {"z": torch.tensor([0.1, -0.3, 0.9])}
+    start, stop = Ranks(group).share(8)
+    for first, last, some in ((start, stop, group), (0, 8, None)):
+        Numbered.begin(first, last - first)
+        posterior = ImportanceResampledGuide(model, numbered_guide, 8, chunk_size=chunk_size, process_group=some)
+        posterior(X)
+        Numbered.begin(first, last - first)
+        trace = poutine.trace(poutine.condition(posterior, values)).get_trace(X)
+        found.append(trace.nodes["_importance_density_z"]["fn"].log_factor.detach())
+    return found
+
+
+@pytest.mark.parametrize("chunk_size", [None, 2])
+def test_density_of_a_value_from_outside(processes, chunk_size):
+    for shared, alone in processes.run(replaced, chunk_size, ranks=PAIR):
+        torch.testing.assert_close(shared, alone)
+
+
+def sampled_first(group):
+    """A guide that begins at a random place, first met by draws, and in a plate."""
+
+    def rows():
+        slope = pyro.sample("slope", dist.Normal(0.0, 1.0))
+        with pyro.plate("rows", 3):
+            pyro.sample("y", dist.Normal(slope * X, 1.0), obs=X)
+
+    found = []
+    for inside in (False, True):
+        pyro.clear_param_store()
+        posterior = ImportanceResampledGuide(rows, AutoNormal(rows, init_loc_fn=init_to_sample), 8, process_group=group)
+        if inside:
+            found.append(Predictive(rows, guide=posterior, num_samples=5, parallel=True)()["slope"])
+        else:
+            found.append(posterior.sample(5)["slope"])
+    return found
+
+
+def test_a_guide_that_is_first_met_by_draws_begins_alike(processes):
+    first, second = processes.run(sampled_first, ranks=PAIR)
+    assert torch.equal(first[0], second[0]) and torch.equal(first[1], second[1])
+
+
+class Scaled(Objective):
+    """An objective of a user's own, which prints as an address."""
+
+    reference = "none"
+
+    def __init__(self, power):
+        self.power = power
+
+    def totals(self, log_weights):
+        return LogMean.of(log_weights, self.power)
+
+
+def own_objective(group, apart):
+    elbo = ImportanceWeightedELBO(6, process_group=group, objective=Scaled(0.5 + apart * Ranks(group).rank))
+    return elbo.loss(model, guide, X)
+
+
+def test_options_are_told_by_what_they_hold(processes):
+    assert len(set(processes.run(own_objective, 0.0, ranks=PAIR))) == 1
+    for _, message in processes.errors(own_objective, 0.1, ranks=PAIR):
+        assert "expected the same options" in message
+
+
+def normalised(group):
+    """Batch statistics of each process's own particles."""
+    pyro.set_rng_seed(1)
+    norm = torch.nn.BatchNorm1d(1)
+
+    def rows(x):
+        pyro.module("norm", norm)
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("x", dist.Normal(norm(z.reshape(-1, 1)).reshape(z.shape), 1.0), obs=x)
+
+    pyro.set_rng_seed(10 + Ranks(group).rank)
+    elbo = ImportanceWeightedELBO(6, process_group=group)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "BatchNorm1d in training mode")
+        warnings.filterwarnings("ignore", "particles are run one after the other")
+        for _ in range(3):
+            elbo.loss_and_grads(rows, guide, X)
+    norm.eval()
+    found = evaluate(rows, guide, X, num_particles=10, process_group=group, progress=False)
+    return norm.running_mean, norm.num_batches_tracked, found.total.log_evidence
+
+
+def test_buffers_are_the_first_process_s(processes):
+    first, second = processes.run(normalised, ranks=PAIR)
+    assert torch.equal(first[0], second[0]) and first[0].any() and torch.equal(first[1], second[1])
+    assert first[2] == second[2]
+
+
+def outside(group, retain):
+    """What is computed outside of model and guide, for two steps."""
+    scale = torch.tensor(0.5, requires_grad=True)
+    slope = scale * 0.8
+
+    def draw(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(slope * x, 0.9))
+
+    elbo = ImportanceWeightedELBO(6, process_group=group, retain_graph=retain)
+    for _ in range(2):
+        elbo.loss_and_grads(model, draw, X)
+    return scale.grad
+
+
+def test_retain_graph(processes):
+    first, second = processes.run(outside, True, ranks=PAIR)
+    assert torch.equal(first, second) and first != 0.0
+    for _, message in processes.errors(outside, None, ranks=PAIR):
+        assert "pass retain_graph=True" in message
+
+
+def half_possible(group):
+    def halved():
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        pyro.factor("fence", torch.where(z > 0.0, 0.0, -math.inf))
+
+    elbo = ImportanceWeightedELBO(64, process_group=group)
+    return [elbo.loss(halved, lambda: pyro.sample("z", dist.Normal(0.0, 1.0))) for _ in range(12)]
+
+
+def test_a_look_at_one_particle_warns_of_nothing(processes):
+    """Of 64 some are possible, whatever the one is that all look at; warnings are errors here."""
+    first, second = processes.run(half_possible, ranks=PAIR)
+    assert first == second
+
+
+def test_the_group_of_a_guide_can_be_taken_away():
+    posterior = ImportanceResampledGuide(model, guide, 4)
+    assert posterior.process_group is None
+    posterior.process_group = None
+    assert posterior(X)["z"].shape == (3,)
+    with pytest.raises(ValueError, match="expected torch.distributed to be set up"):
+        posterior.process_group = object()

@@ -7,6 +7,7 @@ import math
 import os
 import signal
 import time
+from dataclasses import dataclass
 
 import pyro
 import pyro.distributions as dist
@@ -16,8 +17,9 @@ import torch.distributed
 from pyro.infer import SVI
 from torch import nn
 
-from pyro_iwae import CompiledSVI, ImportanceResampledGuide, ImportanceWeightedELBO, evaluate
+from pyro_iwae import Checkpoint, CompiledSVI, ImportanceResampledGuide, ImportanceWeightedELBO, evaluate
 from pyro_iwae.distributed import Ranks, checksum
+from pyro_iwae.turns import Turn
 from tests.ranks import PAIR, Processes
 from tests.test_distributed import X, guide, model
 
@@ -135,7 +137,7 @@ def other_sizes_within(group):
 
 def other_parameters(group):
     """The difference is too small to be seen in a particle."""
-    step = 1e-9 * Ranks(group).rank
+    step = 1e-5 * Ranks(group).rank
 
     def own(x):
         with pyro.plate("data", len(x)):
@@ -173,6 +175,78 @@ def same_seed_within(group):
     step_of(group, model, reseeded)
 
 
+def same_seed_in_chunks(group):
+    """Five particles and four: the generators do not end at the same place."""
+
+    def reseeded(x):
+        pyro.set_rng_seed(1)
+        guide(x)
+
+    ImportanceWeightedELBO(9, process_group=group, chunk_size=3).loss_and_grads(model, reseeded, X)
+
+
+class Numbers(dist.Normal):
+    """Drawn from a generator of its own."""
+
+    def rsample(self, sample_shape=()):
+        generator = torch.Generator().manual_seed(3)
+        return self.loc + self.scale * torch.randn(self.batch_shape, generator=generator)
+
+
+def generator_of_its_own(group):
+    def own(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", Numbers(0.4 * x, 0.9))
+
+    ImportanceWeightedELBO(9, process_group=group).loss(model, own, X)
+
+
+def other_array(group):
+    step_of(group, lambda x: model(torch.as_tensor(x)), lambda x: guide(torch.as_tensor(x)), x=on(group, 0) * X.numpy())
+
+
+@dataclass
+class Batch:
+    rows: torch.Tensor
+
+
+def other_batch(group):
+    x = X if on(group, 0) else 2.0 * X
+    step_of(group, lambda batch: model(batch.rows), lambda batch: guide(batch.rows), x=Batch(x))
+
+
+def impossible_here(group):
+    def fenced(x):
+        model(x)
+        pyro.factor("fence", torch.tensor(-math.inf if on(group, 0) else 0.0))
+
+    pyro.enable_validation(False)
+    step_of(group, fenced)
+
+
+def made_later(group):
+    """A parameter that all first ask for in the third step, and that each makes of its own numbers."""
+    calls = []
+
+    def late(x):
+        model(x)
+        calls.append(1)
+        if len(calls) > 25:
+            pyro.factor("pull", -pyro.param("late", lambda: torch.randn(())).square())
+
+    step_of(group, late, steps=9)
+
+
+def other_later(group):
+    """A parameter that parts after the first steps."""
+    elbo = ImportanceWeightedELBO(8, process_group=group)
+    for i in range(12):
+        if i == 5 and on(group, 1):
+            pyro.param("a").data.add_(1e-5)
+        elbo.loss_and_grads(model, guide, X)
+        assert i < 9, "found in the tenth"
+
+
 @pytest.mark.parametrize(
     "fn, message",
     [
@@ -182,7 +256,7 @@ def same_seed_within(group):
         ),
         (
             other_data_within,
-            r"the same model, guide and data .* one particle, drawn from the same seed, has log",
+            r"the same observed data .* let functions hold the same data",
         ),
         (other_sizes_within, r"the same plates of the same sizes .* got others on rank 1"),
         (other_parameters, r"the same values of parameter 'own_loc' .* got others on rank 1 .* set one seed in all"),
@@ -190,12 +264,19 @@ def same_seed_within(group):
         (other_options, r"the same options .* got others on rank 1"),
         (other_calls, r"the same call .* got others on rank 1"),
         (same_seed_within, r"the same on rank 0 and rank 1, so that their particles are copies .* sets a seed"),
+        (same_seed_in_chunks, r"the same on rank 0 and rank 1, so that their particles are copies"),
+        (generator_of_its_own, r"the same on rank 0 and rank 1, .* draws from a generator of its own"),
+        (other_array, r"the same arguments of model and guide"),
+        (other_batch, r"the same arguments of model and guide"),
+        (impossible_here, r"the same model, guide and data .* has log weights -inf, -"),
+        (made_later, r"the same values of parameter 'late'"),
+        (other_later, r"the same values of parameter 'a' .* got others on rank 1"),
     ],
     ids=lambda value: getattr(value, "__name__", None),
 )
 def test_differences_are_found(processes, fn, message):
     for kind, text in processes.errors(fn, ranks=PAIR):
-        assert kind == "ValueError"
+        assert kind == "ValueError", text
         with pytest.raises(ValueError, match=message):
             raise ValueError(text)
     assert len(set(processes.run(good, ranks=PAIR))) == 1
@@ -275,6 +356,69 @@ def test_impossible_elements_are_warned_of_once(processes, kind):
         assert name == "UserWarning", message
         assert "rank 0: all 8 particles are impossible" in message and "through site 'fence'" in message
     assert len(set(processes.run(good, ranks=PAIR))) == 1
+
+
+def rounded_apart(group):
+    """Parameters that other hardware has rounded in another way."""
+    pyro.param("a", torch.tensor(0.4))
+    pyro.param("a").data.add_(1e-12 * Ranks(group).rank)
+    step_of(group, model)
+    return pyro.param("a").item()
+
+
+def test_what_rounding_parts_is_brought_together(processes):
+    first, second = processes.run(rounded_apart, ranks=PAIR)
+    assert first == second
+
+
+def unsaved(group, folder):
+    evaluate(
+        model,
+        guide,
+        X,
+        num_particles=8,
+        process_group=group,
+        progress=False,
+        save_to=f"{folder}/no/run.npz",
+        save_every=0,
+    )
+
+
+def looked_at(group):
+    faulty = guide if on(group, 0) else (lambda x: 1 / 0)
+    ImportanceResampledGuide(model, faulty, 8, process_group=group).sample(3, X)
+
+
+def unlike_the_file(group, folder):
+    Checkpoint(f"{folder}/run.ckpt", optim=None, process_group=group).save(3)
+    if on(group, 1):
+        pyro.param("further", torch.tensor(0.0))
+    Checkpoint(f"{folder}/run.ckpt", process_group=group).load()
+
+
+@pytest.mark.parametrize(
+    "fn, kind, message",
+    [
+        (unsaved, "FileNotFoundError", "rank 0: "),
+        (unlike_the_file, "ValueError", "rank 1: expected all parameters of the param store"),
+    ],
+    ids=lambda value: getattr(value, "__name__", None),
+)
+def test_files_fail_in_all(processes, tmp_path, fn, kind, message):
+    for found, text in processes.errors(fn, str(tmp_path), ranks=PAIR):
+        assert (found, message in text) == (kind, True), text
+    assert len(set(processes.run(good, ranks=PAIR))) == 1
+
+
+def test_a_look_fails_in_all(processes):
+    for found, text in processes.errors(looked_at, ranks=PAIR):
+        assert found == "ZeroDivisionError" and "rank 1: division by zero" in text
+    assert len(set(processes.run(good, ranks=PAIR))) == 1
+
+
+def test_when_parameters_are_compared():
+    due = [n for n in range(3001) if Turn(None, 0, n).is_due]
+    assert due == [1, 10, 100, 1000, 2000, 3000]
 
 
 # What cannot be

@@ -19,7 +19,7 @@ from pyro.infer import config_enumerate
 from pyro_iwae import Evaluation, evaluate
 from pyro_iwae.diagnostics import ess, expected_distinct
 from pyro_iwae.exact import Gaussian
-from pyro_iwae.parts import DISTINCT, UNBIASED, Drawn, Part
+from pyro_iwae.parts import DISTINCT, UNBIASED, Drawn, Part, figures
 from tests.statistics import assert_frequencies
 from tests.test_evaluate import GAMMA, assert_near, assert_same, quick, row_guide, row_model
 
@@ -191,7 +191,8 @@ def test_large_log_weights_keep_their_digits():
 
 
 def figures_of(log_weights):
-    return Part.of("rows", None, 0, Drawn(log_weights, ("data",), further={UNBIASED: log_weights[0]}), [1, 1000])
+    drawn = Drawn(log_weights, ("data",), further={UNBIASED: log_weights[0]})
+    return Part.of("rows", None, 0, drawn, figures(log_weights, [1, 1000]))
 
 
 def test_the_bracket_of_many_elements_takes_little_memory():
