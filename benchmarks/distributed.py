@@ -4,10 +4,10 @@
 """Particles shared out over two processes of one thread each: how much faster, and what goes over the wire.
 
 Evaluation of scikit-learn's digits under a 64-100-100-20 VAE, and training steps of it, by one process alone (the other
-waits) and by both, in turns, with gloo over the loopback interface; in processes that keep the memory that they have had
-(see ``evaluating.py``). Bytes are those that this interface counts (Linux), TCP's headers included, against the formula
-of ``docs/distributed``. Two processes on two cores share memory and caches: other machines scale in another way. Writes
-``distributed.json`` and ``distributed.md`` into ``benchmarks/results``.
+waits) and by both, in turns, with gloo over the loopback interface; in processes that keep the memory that they have
+had (see ``evaluating.py``). Bytes are those that this interface counts (Linux), TCP's headers included, against the
+formula of ``docs/distributed``. Two processes on two cores share memory and caches: other machines scale in another
+way. Writes ``distributed.json`` and ``distributed.md`` into ``benchmarks/results``.
 """
 
 import json
