@@ -99,6 +99,7 @@ def _serve(end, rank, size, meeting, timeout):
         pyro.clear_param_store()
         pyro.set_rng_seed(100 + rank)  # each has its own
         pyro.enable_validation(True)
+        pyro.settings.set(module_local_params=False)  # another test may have wanted it
         torch.set_default_dtype(torch.float64)
         try:
             with warnings.catch_warnings():

@@ -65,8 +65,13 @@ def test_example_runs_and_draws(script, tmp_path):
     "name, options, processes, said",
     [
         ("distributed", (), 2, "2 processes: 1 for data x 2 for particles"),
-        ("distributed", ("--data-ranks", 2), 2, "2 processes: 2 for data x 1 for particles"),
-        ("lightning_vae", ("--devices", 2), None, "24 validation digits after 2 epochs"),
+        pytest.param(
+            *("distributed", ("--data-ranks", 2), 2, "2 processes: 2 for data x 1 for particles"),
+            marks=pytest.mark.nightly,
+        ),
+        pytest.param(
+            *("lightning_vae", ("--devices", 2), None, "24 validation digits after 2 epochs"), marks=pytest.mark.nightly
+        ),
     ],
     ids=["particles", "data", "lightning"],
 )
