@@ -10,6 +10,7 @@ is needed to go on is saved every so many steps, and loaded at the start if it i
     torchrun --nproc-per-node=2 examples/distributed.py                      # particles over two processes
     torchrun --nproc-per-node=4 examples/distributed.py --data-ranks 2       # data over two, particles over two
     torchrun --nproc-per-node=2 --max-restarts=3 examples/distributed.py     # goes on after up to three crashes
+                                                 # (with TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1, see docs/distributed)
     python examples/distributed.py                                           # one process, which has all particles
 
 Where there is a GPU for each process, each takes one. The data are scikit-learn's 1797 digits of 8 x 8 pixels with

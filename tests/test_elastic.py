@@ -22,6 +22,8 @@ def ended(folder, killed_rank=-1, killed_at=-1):
     """What a run of two processes ends with."""
     folder.mkdir()
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    # Or processes that are started again may meet the addresses of those that are gone (docs/distributed).
+    environment["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--max-restarts=2"]
     script = [str(ROOT / "tests/interrupted.py"), str(folder), str(killed_rank), str(killed_at)]
     done = subprocess.run(
