@@ -25,7 +25,7 @@ from torch.nn.parameter import is_lazy
 
 from pyro_iwae.archive import write_whole
 from pyro_iwae.constraint_codes import decoded, encoded
-from pyro_iwae.distributed import Ranks
+from pyro_iwae.distributed import Ranks, by_first, in_all
 from pyro_iwae.options import as_count
 from pyro_iwae.state import get_random_state, module_behind, set_random_state, unchanged_state
 
@@ -140,7 +140,7 @@ class Checkpoint:
         """
         step = as_count("step", step, least=0)
         random = [_random_state()] if self._ranks is None else self._ranks.objects(_random_state())
-        self._on_first_rank(lambda: self._write(step, random))
+        by_first(self._ranks, lambda: self._write(step, random))
 
     def load(self, *args: Any, **kwargs: Any) -> int:
         """Puts everything back as it was saved, if there is a file; changes and runs nothing if not.
@@ -158,13 +158,10 @@ class Checkpoint:
             ValueError: where the file is cut short, altered, something else, or of another model.
             FileNotFoundError: where there is not even the folder that it would be in.
         """
-        payload = self._on_first_rank(self._read)
-        payload = payload if self._ranks is None else self._ranks.from_first(payload)
+        payload = by_first(self._ranks, self._read)
         if payload is None:
             return 0
-        if self._ranks is None:
-            return self._restored(payload, args, kwargs)
-        return self._ranks.attempt(lambda: (self._restored(payload, args, kwargs), []))[0]
+        return in_all(self._ranks, lambda: self._restored(payload, args, kwargs))
 
     def _restored(self, payload: bytes, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int:
         saved = self._unpacked(payload)
@@ -180,7 +177,7 @@ class Checkpoint:
         _fill_store(saved["params"])
         for part in self._holders:
             self._load_holder(part, saved["states"][part])
-        _set_random_state(saved["random"], self._rank)
+        _set_random_state(saved["random"], 0 if self._ranks is None else self._ranks.rank)
         step: int = saved["step"]
         return step
 
@@ -327,18 +324,6 @@ class Checkpoint:
                 f"expected a state that fits {part}, got one in {str(self.path)!r} that does not "
                 f"({_reason(error)}); make {part} as it was made for the file"
             ) from error
-
-    # Ranks
-
-    @property
-    def _rank(self) -> int:
-        return 0 if self._ranks is None else self._ranks.rank
-
-    def _on_first_rank(self, work: Callable[[], T]) -> T | None:
-        """Has the first rank do it, and all raise what it raises; what it gives is with the first alone."""
-        if self._ranks is None:
-            return work()
-        return self._ranks.attempt(lambda: (work() if self._rank == 0 else None, []))[0]
 
 
 class _ByName:

@@ -34,11 +34,10 @@ from pyro_iwae.redrawn import Redrawn, redrawn
 from pyro_iwae.replaying import Remade, require_replayed, unlike
 from pyro_iwae.state import FreshParameters, unchanged_state
 from pyro_iwae.structure import Structure
-from pyro_iwae.terms import outer_scale, terms_of
 from pyro_iwae.totals import Totals
 from pyro_iwae.traces import Recording
 from pyro_iwae.verdicts import Question
-from pyro_iwae.weighing import Particles, impossible_sites, warn_of_impossible, weigh_particles
+from pyro_iwae.weighing import Particles, sites_at_fault, warn_of_impossible, weigh_particles
 
 __all__ = ["Chunks", "Impossible", "chunks_of", "loss_of_part", "require_chunk_size", "without_graph"]
 
@@ -263,19 +262,19 @@ class Chunks:
         recording: Recording,
     ) -> Particles | None:
         """Draws the same particles with a graph, and sends each chunk back; one that has put NaN into the gradient."""
-        chunks, faulty = self, None
+        faulty = None
         with pyro.validation_enabled(False):  # the first pass has checked the same values
-            for (start, stop), particles in zip(chunks.edges, chunks.draw(recording), strict=True):
+            for (start, stop), particles in zip(self.edges, self.draw(recording), strict=True):
                 weights, part = particles.weights, totals.part(self.first + start, self.first + stop)
                 require_replayed(weights.log_weights, first.log_weights[start:stop])
                 loss = loss_of_part(weights, totals, surrogate_of(weights, part), (stop - start) / self.whole)
                 if not piecemeal.add(loss) and faulty is None:
                     faulty = particles
                 del particles, weights, loss
-        if chunks.guide is not None:
-            chunks.guide.send_back(piecemeal)
+        if self.guide is not None:
+            self.guide.send_back(piecemeal)
             if faulty is not None:
-                faulty.pairs[0].guide.nodes.update(chunks.guide.params)
+                faulty.pairs[0].guide.nodes.update(self.guide.params)
         return faulty
 
     def first_pass(self) -> tuple[Chunks, LogWeights]:
@@ -370,8 +369,7 @@ class Impossible:
     def looked_at(self, particles: Particles, *, children: bool = True) -> LogWeights:
         """Looks at a chunk, and returns its weights; without what is not a number for each, if that is asked for."""
         if bool((particles.weights.log_weights == -math.inf).all(0).any()):
-            common = outer_scale(particles.pairs[0], particles.layout)
-            self.sites |= impossible_sites([terms_of(p, particles.layout, common) for p in particles.pairs])
+            self.sites |= sites_at_fault(particles)
         weights = replace(particles.weights, cut=None)
         return weights if children else replace(weights, score=None, score_log_q=None, children=())
 

@@ -14,7 +14,8 @@ import hashlib
 import struct
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import torch
@@ -22,7 +23,10 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
-__all__ = ["Ranks", "bits_of", "checksum", "described", "float_of", "number_of"]
+if TYPE_CHECKING:
+    from torch.distributed import DeviceMesh, ProcessGroup
+
+__all__ = ["Grouped", "Ranks", "bits_of", "by_first", "checksum", "described", "float_of", "in_all", "number_of"]
 
 Result = TypeVar("Result")
 WIDTH = 8  # numbers in what attempt() tells
@@ -77,8 +81,11 @@ class Ranks:
                 f"over, got {count}; take more particles, or a smaller group. Data are shared out by "
                 "DistributedDataParallel, without process_group"
             )
-        start, stop = (-(-count * i // self.size) for i in (self.rank, self.rank + 1))
-        return start, stop
+        return self._edges(count)[self.rank]
+
+    def _edges(self, count: int) -> list[tuple[int, int]]:
+        """Where the share of each process starts and stops: as like as can be, the larger ones first."""
+        return list(pairwise(-(-count * i // self.size) for i in range(self.size + 1)))
 
     def name(self, rank: int) -> str:
         """What a process of the group is called in messages: by its number among all."""
@@ -104,9 +111,8 @@ class Ranks:
         most = -(-count // self.size)
         padded = value.new_zeros((most, *value.shape[1:]))
         padded[: len(value)] = value.detach()
-        edges = [-(-count * i // self.size) for i in range(self.size + 1)]
-        parts = zip(self.gather(padded), edges, edges[1:], strict=False)
-        return torch.cat([rows[: stop - start] for rows, start, stop in parts])
+        parts = zip(self.gather(padded), self._edges(count), strict=True)
+        return torch.cat([rows[: stop - start] for rows, (start, stop) in parts])
 
     def sum(self, value: Tensor) -> Tensor:
         """The sum over all processes."""
@@ -209,6 +215,41 @@ class Ranks:
                 f"expected the same {what} in all processes that share particles, got others on {', '.join(apart)} "
                 f"than on {self.name(0)}; {remedy}"
             )
+
+
+class Grouped:
+    """What particles are shared out by: the option ``process_group``, which can be set anew."""
+
+    _group: ProcessGroup | DeviceMesh | None
+    _ranks: Ranks | None
+
+    @property
+    def process_group(self) -> ProcessGroup | DeviceMesh | None:
+        """The processes that share the particles."""
+        return self._group
+
+    @process_group.setter
+    def process_group(self, group: ProcessGroup | DeviceMesh | None) -> None:
+        self._group, self._ranks = group, Ranks.of(group)
+        if self._ranks is not None:
+            self._require_shareable()
+
+    def _require_shareable(self) -> None:
+        """Raises where other options do not go with it."""
+
+
+def in_all(ranks: Ranks | None, fn: Callable[[], Result]) -> Result:
+    """Runs something in each process, or in the only one; an error in any is raised in all."""
+    return fn() if ranks is None else ranks.attempt(lambda: (fn(), []))[0]
+
+
+def by_first(ranks: Ranks | None, fn: Callable[[], Result]) -> Result:
+    """Runs something in the first process, or in the only one: all get the result, or raise the error."""
+    if ranks is None:
+        return fn()
+    found = in_all(ranks, lambda: fn() if ranks.rank == 0 else None)
+    result: Result = ranks.from_first(found)
+    return result
 
 
 def checksum(*values: Any) -> int:

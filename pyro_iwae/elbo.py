@@ -22,7 +22,7 @@ from torch import Tensor
 from pyro_iwae.backward import weigh_drawn
 from pyro_iwae.chunks import Chunks, chunks_of, require_chunk_size
 from pyro_iwae.compiled import CompiledSteps
-from pyro_iwae.distributed import Ranks
+from pyro_iwae.distributed import Grouped
 from pyro_iwae.gradients import OVIS, Coefficients, PathGradient, Pathwise, SampledBackward, ScoreGradient
 from pyro_iwae.logweights import LogWeights
 from pyro_iwae.objectives import Objective
@@ -30,14 +30,13 @@ from pyro_iwae.options import as_count, require_callables, require_options
 from pyro_iwae.particles import Call
 from pyro_iwae.plates import latent_sites, nesting
 from pyro_iwae.sharing import Sharing
-from pyro_iwae.state import get_random_state, module_behind, set_random_state
+from pyro_iwae.state import get_random_state, modules_behind, set_random_state
 from pyro_iwae.step import handed_out
 from pyro_iwae.structure import StructureCache
-from pyro_iwae.terms import outer_scale, terms_of
 from pyro_iwae.totals import LogMean, Totals
 from pyro_iwae.traces import Recording, fill_densities, require_site_shapes, run_pair
 from pyro_iwae.tree import PlateParticles
-from pyro_iwae.weighing import Particles, impossible_sites, weigh_particles
+from pyro_iwae.weighing import Particles, sites_at_fault, weigh_particles
 
 if TYPE_CHECKING:
     from torch.distributed import DeviceMesh, ProcessGroup
@@ -53,7 +52,7 @@ def _require_kind(name: str, value: Any, kind: type, example: str) -> None:
         raise TypeError(f"expected {name} to be {example}, got {value!r}")
 
 
-class ImportanceWeightedELBO(ELBO):
+class ImportanceWeightedELBO(Grouped, ELBO):
     r"""The importance weighted bound log (1/K) sum_k p(x, z_k) / q(z_k | x), maximised over model and guide.
 
     It takes the place of :class:`~pyro.infer.Trace_ELBO` in any Pyro model and guide::
@@ -204,8 +203,8 @@ class ImportanceWeightedELBO(ELBO):
         """
         require_callables(model, guide)
         module = ELBOModule(model, guide, self)
-        behind = {m: None for m in map(module_behind, (model, guide)) if m is not None and m not in (model, guide)}
-        if behind:  # vae, where they are vae.model and vae.guide
+        behind = modules_behind(model, guide)
+        if behind:
             module.behind = torch.nn.ModuleList(behind)
         return module
 
@@ -259,8 +258,7 @@ class ImportanceWeightedELBO(ELBO):
     def loss(self, model: Program, guide: Program, *args: Any, **kwargs: Any) -> float:
         """Minus the bound, scaled and summed over elements, in nats."""
         if self._ranks is not None:
-            with self._shared(Call(model, guide, args, kwargs), "loss") as sharing:
-                return -torch_item(sharing.value(*self._shared_totals(sharing)))
+            return -torch_item(self._shared_value(Call(model, guide, args, kwargs)))
         if self._is_single:  # any objective is the ELBO then, whatever its gradient
             return float(self._single("loss", model, guide, args, kwargs))
         weights = self._values(Call(model, guide, args, kwargs))
@@ -273,7 +271,7 @@ class ImportanceWeightedELBO(ELBO):
             result = self._recorded.step(call, self._frozen)
             if result is not None:
                 return handed_out(result)
-        if self._ranks is None and self._is_pyros:
+        if self._is_pyros:
             return self._single("differentiable_loss", model, guide, args, kwargs)
         return self._step(call)[1]
 
@@ -288,7 +286,7 @@ class ImportanceWeightedELBO(ELBO):
             result = self._recorded.step(call, self._frozen)
             if result is not None:
                 return result.accumulated()
-        if self._ranks is None and self._is_pyros:
+        if self._is_pyros:
             return float(self._single("loss_and_grads", model, guide, args, kwargs))
         particles, loss = self._step(call)
         if loss.requires_grad:
@@ -332,7 +330,7 @@ class ImportanceWeightedELBO(ELBO):
     @property
     def _is_single(self) -> bool:
         """Whether there is one particle of everything, so that every objective is the ELBO."""
-        return self.num_particles == 1 and self._wanted is None
+        return self._ranks is None and self.num_particles == 1 and self._wanted is None
 
     def _totals(self, weights: LogWeights) -> Totals:
         return weights.totals() if self.objective is None else self.objective.totals(weights.log_weights)
@@ -413,17 +411,6 @@ class ImportanceWeightedELBO(ELBO):
 
     # Particles shared out over processes
 
-    @property
-    def process_group(self) -> ProcessGroup | DeviceMesh | None:
-        """The processes that share the particles."""
-        return self._group
-
-    @process_group.setter
-    def process_group(self, group: ProcessGroup | DeviceMesh | None) -> None:
-        self._group, self._ranks = group, Ranks.of(group)
-        if self._ranks is not None:
-            self._require_shareable()
-
     def _shared(self, call: Call, what: str) -> AbstractContextManager[Sharing]:
         assert self._ranks is not None
         require_callables(call.model, call.guide)
@@ -448,10 +435,15 @@ class ImportanceWeightedELBO(ELBO):
         weights, sites = sharing.values()
         return weights, sharing.totals(weights, self._totals_of_part, sites)
 
+    def _shared_value(self, call: Call) -> Tensor:
+        """The objective, scaled and summed, without a graph."""
+        with self._shared(call, "loss") as sharing:
+            return sharing.value(*self._shared_totals(sharing))
+
     def _shared_loss(self, call: Call) -> Tensor:
-        with self._shared(call, "a step" if torch.is_grad_enabled() else "loss") as sharing:
-            if not torch.is_grad_enabled():
-                return -sharing.value(*self._shared_totals(sharing))
+        if not torch.is_grad_enabled():
+            return -self._shared_value(call)
+        with self._shared(call, "a step") as sharing:
             start, stop = sharing.part
             gradient, recording = self._estimator(stop - start)
             return sharing.loss(
@@ -542,9 +534,8 @@ def _refuse_nan_gradients(particles: Particles) -> None:
     if not faulty:
         return
     zero_grads(bare.values())  # or they would poison the next step
-    tables = [terms_of(p, particles.layout, outer_scale(p, particles.layout)) for p in particles.pairs]
     raise ValueError(
-        f"the gradient of parameter '{faulty[0]}' is NaN: site {sorted(impossible_sites(tables))} has log density -inf "
-        "at some particles with a slope that is not finite; keep the guide within the model's support, or bound what "
-        "that site computes (torch.where before the log, not after)"
+        f"the gradient of parameter '{faulty[0]}' is NaN: site {sorted(sites_at_fault(particles))} has log density "
+        "-inf at some particles with a slope that is not finite; keep the guide within the model's support, or bound "
+        "what that site computes (torch.where before the log, not after)"
     )

@@ -21,7 +21,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from pyro_iwae.batches import Source, fingerprint
-from pyro_iwae.distributed import Ranks
+from pyro_iwae.distributed import Ranks, by_first, in_all
 from pyro_iwae.evaluation import Evaluation, require_constant
 from pyro_iwae.options import as_count, require_callables, require_options
 from pyro_iwae.particles import Call
@@ -302,7 +302,7 @@ class _Run:
 
     def go_on(self) -> None:
         """Takes up what an earlier run has saved."""
-        found = self._saved() if self.ranks is None else self._saved_by_first(self.ranks)
+        found = by_first(self.ranks, self._saved)
         if found is None:
             return
         differing = [n for n, v in self.kept.facts.items() if found.facts.get(n) != v]
@@ -318,12 +318,6 @@ class _Run:
 
     def _saved(self) -> Evaluation | None:
         return None if self.path is None or not os.path.exists(self.path) else Evaluation.load(self.path)
-
-    def _saved_by_first(self, ranks: Ranks) -> Evaluation | None:
-        """What the first process reads, in all of them."""
-        own, _ = ranks.attempt(lambda: (self._saved() if ranks.rank == 0 else None, []))
-        found: Evaluation | None = ranks.from_first(own)
-        return found
 
     def draw(self, rows: _Rows, source_of: Callable[[_Rows], Source], position: int, row_plate: str | None) -> None:
         """All replicates of some rows."""
@@ -406,15 +400,14 @@ class _Run:
     def _save(self, least: float = 0.0) -> None:
         """Saves what there is, if that was so many seconds ago; the first process does, and all hear of an error."""
 
-        def alone() -> tuple[None, list[int]]:
+        def alone() -> None:
             first = self.ranks is None or self.ranks.rank == 0
             if self.path is not None and first and time.monotonic() - self.saved >= least:
                 self._result().save(self.path)
                 self.saved = time.monotonic()
-            return None, []
 
         if self.path is not None:
-            alone() if self.ranks is None else self.ranks.attempt(alone)
+            in_all(self.ranks, alone)
 
     def _result(self) -> Evaluation:
         return replace(self.kept, parts=tuple(self.parts.values()))
@@ -456,7 +449,7 @@ def _figures(ranks: Ranks | None, log_weights: Tensor, ks: Sequence[int]) -> dic
     if ranks is None or count < ranks.size:
         return figures(log_weights, ks)
     columns, (start, stop) = log_weights.reshape(-1, count), ranks.share(count)
-    found, _ = ranks.attempt(lambda: (figures(columns[:, start:stop], ks), []))
+    found = in_all(ranks, lambda: figures(columns[:, start:stop], ks))
     every = ranks.gather_rows(torch.stack(list(found.values()), 1), count)
     return {name: every[:, i].reshape(shape) for i, name in enumerate(found)}
 

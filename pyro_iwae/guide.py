@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Float
@@ -24,7 +24,7 @@ from torch import Tensor
 from pyro_iwae.chunks import Chunks, chunks_of, require_chunk_size
 from pyro_iwae.companions import weigh_among
 from pyro_iwae.density import drawn_bracket, elbo_bracket, log_density
-from pyro_iwae.distributed import Ranks
+from pyro_iwae.distributed import Grouped, in_all
 from pyro_iwae.emission import Boundary, Emission
 from pyro_iwae.expectation import WeightedMean
 from pyro_iwae.given import weigh_at
@@ -39,7 +39,7 @@ from pyro_iwae.resampling import multinomial
 from pyro_iwae.selection import Passed, Selection, difference, model_values, select, select_passing
 from pyro_iwae.shared_draws import select_shared
 from pyro_iwae.sharing import Sharing
-from pyro_iwae.state import module_behind, unchanged_state
+from pyro_iwae.state import modules_behind, unchanged_state
 from pyro_iwae.structure import Structure, StructureCache
 from pyro_iwae.tree import PlateParticles
 from pyro_iwae.weighing import Particles, weigh_particles
@@ -49,7 +49,6 @@ if TYPE_CHECKING:
 
 __all__ = ["ElboInterval", "ImportanceResampledGuide"]
 
-Result = TypeVar("Result")
 NUMBERS_PER_PASS = 20_000_000  # about what sample() holds at once: draws x particles x numbers in one trace
 
 
@@ -73,7 +72,7 @@ class ElboInterval:
         return iter((self.lower, self.upper))
 
 
-class ImportanceResampledGuide(Owning):
+class ImportanceResampledGuide(Grouped, Owning):
     """q_EW: draw K particles from the guide, weigh them by the model, keep one by its weight.
 
     A guide like any other, for ``Predictive``, effect handlers and other ELBOs, and closer to the posterior than
@@ -133,8 +132,7 @@ class ImportanceResampledGuide(Owning):
     ) -> None:
         require_callables(model, guide)
         require_options(vectorize_particles, max_plate_nesting)
-        behind = {m: None for m in map(module_behind, (model, guide)) if m is not None and m not in (model, guide)}
-        super().__init__(tuple(behind))  # vae, where they are vae.model and vae.guide
+        super().__init__(tuple(modules_behind(model, guide)))
         self.model = model
         self.guide = guide
         self.num_particles = as_count("num_particles", num_particles)
@@ -149,15 +147,6 @@ class ImportanceResampledGuide(Owning):
         self._structures = StructureCache()
         self._is_set_up = False
 
-    @property
-    def process_group(self) -> ProcessGroup | DeviceMesh | None:
-        """The processes that share the particles."""
-        return self._group
-
-    @process_group.setter
-    def process_group(self, group: ProcessGroup | DeviceMesh | None) -> None:
-        self._group, self._ranks = group, Ranks.of(group)
-
     # As a guide
 
     def forward(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
@@ -168,7 +157,7 @@ class ImportanceResampledGuide(Owning):
 
     def _emitted(self, call: Call, sharing: Sharing | None) -> dict[str, Tensor]:
         with self._inside():
-            _alone(sharing, lambda: self._set_up(call))
+            in_all(self._ranks, lambda: self._set_up(call))
             passed = self._select(call, sharing)
             particles, selection = passed.particles, passed.selection
             _require_enclosing(particles.layout, call.enclosing)
@@ -317,8 +306,8 @@ class ImportanceResampledGuide(Owning):
             with self._apart():
                 return draw_pooled(call, self._weigh(call), num_draws, method)
         call = self._call(args, kwargs)
-        with self._apart(), self._together(call, "sample") as sharing:
-            structure = _alone(sharing, lambda: self._weigh(call, 1, averaged=False).structure)
+        with self._apart(), self._together(call, "sample"):
+            structure = in_all(self._ranks, lambda: self._weigh(call, 1, averaged=False).structure)
             if not structure.run.vectorized:
                 return _stacked([self(*args, **kwargs) for _ in range(num_draws)])
             most = structure.run.tree.most(self.num_particles)
@@ -362,11 +351,7 @@ class ImportanceResampledGuide(Owning):
     def _mean(self, fn: Callable[[dict[str, Tensor]], Tensor], call: Call) -> Tensor:
         """The mean over one batch of particles."""
         chunks = self._chunks(call, least=2)  # of one fn would not tell its dimensions
-        mean = WeightedMean(fn)
-        for particles in [self._weigh(call)] if chunks is None else chunks.with_guide_once(cut=False).draw():
-            mean.add(*model_values(call, particles), particles.weights, particles.layout)
-            del particles
-        return mean.value
+        return _weighed(fn, call, chunks, lambda: self._weigh(call))[0].value
 
     def _shared_mean(self, fn: Callable[[dict[str, Tensor]], Tensor], call: Call, sharing: Sharing) -> Tensor:
         """The same over particles of which each process has a part."""
@@ -377,12 +362,7 @@ class ImportanceResampledGuide(Owning):
             )
 
         def draw() -> tuple[WeightedMean, LogWeights]:
-            chunks, mean = sharing.chunks(least=2), WeightedMean(fn)
-            for particles in [sharing.weigh()] if chunks is None else chunks.with_guide_once(cut=False).draw():
-                mean.add(*model_values(call, particles), particles.weights, particles.layout)
-                weights = particles.weights
-                del particles
-            return mean, weights
+            return _weighed(fn, call, sharing.chunks(least=2), sharing.weigh)
 
         mean, _ = sharing.drawn(draw, lambda found: found[1])
         return mean.gathered(sharing.ranks.gather, self.num_particles)
@@ -470,9 +450,16 @@ class ImportanceResampledGuide(Owning):
         return chunks.values()
 
 
-def _alone(sharing: Sharing | None, fn: Callable[[], Result]) -> Result:
-    """Runs something, so that an error in one process is raised in all that share particles."""
-    return fn() if sharing is None else sharing.ranks.attempt(lambda: (fn(), []))[0]
+def _weighed(
+    fn: Callable[[dict[str, Tensor]], Tensor], call: Call, chunks: Chunks | None, weigh: Callable[[], Particles]
+) -> tuple[WeightedMean, LogWeights]:
+    """The mean of fn over particles, together or in chunks; and weights, those of the last chunk."""
+    mean = WeightedMean(fn)
+    for particles in [weigh()] if chunks is None else chunks.with_guide_once(cut=False).draw():
+        mean.add(*model_values(call, particles), particles.weights, particles.layout)
+        weights = particles.weights
+        del particles
+    return mean, weights
 
 
 def _stacked(draws: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:

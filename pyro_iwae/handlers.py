@@ -17,7 +17,7 @@ from torch import Tensor
 from pyro_iwae.decisions import is_recording, unrecorded
 from pyro_iwae.densities import spread
 from pyro_iwae.plates import PARTICLES, Site, plate_scale
-from pyro_iwae.state import get_random_state, seeded, set_random_state
+from pyro_iwae.state import seeded_apart
 
 __all__ = ["ENCLOSING", "EnclosingPlates", "Minibatch", "ParticlePlate", "enclosing_frames", "particle_plates"]
 
@@ -49,10 +49,8 @@ class Minibatch(Messenger):
             with unrecorded():  # indices of all elements are numbers to loop over
                 msg["value"], msg["done"] = msg["fn"].sample(), True
         elif self.seed is not None:
-            random = get_random_state()
-            seeded(self.seed, "indices", msg["name"])
-            msg["value"], msg["done"] = msg["fn"].sample(), True
-            set_random_state(random)
+            with seeded_apart(self.seed, "indices", msg["name"]):
+                msg["value"], msg["done"] = msg["fn"].sample(), True
 
     def _pyro_post_sample(self, msg: Site) -> None:
         if site_is_subsample(msg):

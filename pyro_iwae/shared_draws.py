@@ -11,11 +11,12 @@ from functools import partial
 
 import torch
 
-from pyro_iwae.distributed import Ranks, number_of
+from pyro_iwae.distributed import Ranks, in_all, number_of
 from pyro_iwae.logweights import LogWeights
 from pyro_iwae.resampling import multinomial
 from pyro_iwae.selection import Held, Passed, completed, held_of, pass_by
-from pyro_iwae.sharing import Sharing, sites_at_fault
+from pyro_iwae.sharing import Sharing
+from pyro_iwae.weighing import sites_at_fault
 
 __all__ = ["select_shared"]
 
@@ -38,7 +39,7 @@ def select_shared(sharing: Sharing) -> Passed:
     sharing.warn(log_sum == -math.inf, partial(sites_at_fault, held.particles))
     picked = held.picked.of_ranks(taken, held.particles.layout, ranks.sum)
     found = replace(held, picked=picked, log_sum=log_sum, log_others=log_others)
-    return ranks.attempt(lambda: (completed(sharing.call, found, sharing.num_particles), []))[0]
+    return in_all(ranks, lambda: completed(sharing.call, found, sharing.num_particles))
 
 
 def _held(sharing: Sharing) -> Held:

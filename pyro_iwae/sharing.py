@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.nn.parameter import is_lazy
 
 from pyro_iwae.chunks import Chunks, chunks_of, loss_of_part, without_graph
-from pyro_iwae.distributed import Ranks, bits_of, checksum, number_of
+from pyro_iwae.distributed import Ranks, bits_of, checksum, in_all, number_of
 from pyro_iwae.drawn import settable
 from pyro_iwae.logweights import LogWeights
 from pyro_iwae.particles import Call
@@ -32,14 +32,13 @@ from pyro_iwae.piecemeal import Piecemeal
 from pyro_iwae.plates import sample_sites
 from pyro_iwae.state import module_behind, unchanged_state
 from pyro_iwae.structure import Structure
-from pyro_iwae.terms import outer_scale, terms_of
 from pyro_iwae.totals import Totals
 from pyro_iwae.traces import Recording
 from pyro_iwae.turns import Turn
 from pyro_iwae.verdicts import Question
-from pyro_iwae.weighing import Particles, impossible_sites, warn_of_impossible, weigh_particles
+from pyro_iwae.weighing import Particles, sites_at_fault, warn_of_impossible, weigh_particles
 
-__all__ = ["Sharing", "sites_at_fault"]
+__all__ = ["Sharing"]
 
 Result = TypeVar("Result")
 TotalsOfPart = Callable[[Tensor, int, int], Totals]
@@ -235,13 +234,12 @@ class Sharing:
     def warn(self, impossible: Tensor, sites: Sites) -> None:
         """Warns once, in the first process, of elements for which all K are impossible; ``-W error`` stops all."""
 
-        def alone() -> tuple[None, list[int]]:
+        def alone() -> None:
             if self.ranks.rank == 0:
                 warn_of_impossible(impossible, self.num_particles, sites)
-            return None, []
 
         if bool(impossible.any()):
-            self.ranks.attempt(alone)
+            in_all(self.ranks, alone)
 
     def value(self, weights: LogWeights, totals: Totals) -> Tensor:
         """The objective, scaled and summed."""
@@ -313,7 +311,7 @@ class Sharing:
 
         named, rows = self.ranks.attempt(alone)
         streams, names, fresh, values, buffers = zip(*rows, strict=True)
-        self.turn.require_apart(streams, [0] * self.ranks.size)
+        self.turn.require_apart(streams)
         if len(set(names)) > 1:
             named = self._every(named)
         if any(fresh):
@@ -352,7 +350,7 @@ class Sharing:
         every = sorted({kind for kinds in self.ranks.objects(_kinds(named)) for kind in kinds})
         known = self._parameters() | dict(named)
 
-        def alone() -> tuple[dict[str, Tensor], list[int]]:
+        def alone() -> dict[str, Tensor]:
             for name, shape, _ in every:
                 if name not in known or tuple(known[name].shape) != shape:
                     raise ValueError(
@@ -361,9 +359,9 @@ class Sharing:
                     )
                 if name not in named and name in pyro.get_param_store():
                     pyro.param(name)  # SVI steps what it has seen asked for
-            return {name: known[name] for name, _, _ in every}, []
+            return {name: known[name] for name, _, _ in every}
 
-        return self.ranks.attempt(alone)[0]
+        return in_all(self.ranks, alone)
 
     def _agree_on(self, named: Mapping[str, Tensor]) -> None:
         """Raises where parameters have other values in another process; takes the first's where rounding parts them."""
@@ -417,9 +415,3 @@ def _refuse_faulty(piecemeal: Piecemeal, named: Mapping[str, Tensor]) -> None:
                 "particles with a slope that is not finite, keep the guide within the model's support, or bound what "
                 "the site computes (torch.where before the log, not after)"
             )
-
-
-def sites_at_fault(particles: Particles) -> set[str]:
-    """Names of the sites with a log density of -inf."""
-    common = outer_scale(particles.pairs[0], particles.layout)
-    return impossible_sites([terms_of(p, particles.layout, common) for p in particles.pairs])

@@ -26,8 +26,10 @@ __all__ = [
     "get_random_state",
     "get_torch_state",
     "module_behind",
+    "modules_behind",
     "moved_slightly",
     "seeded",
+    "seeded_apart",
     "set_random_state",
     "set_torch_state",
     "unchanged_state",
@@ -74,6 +76,23 @@ def seeded(*path: Any) -> int:
 @cache
 def _has_accelerator() -> bool:
     return torch.cuda.is_available() or torch.backends.mps.is_available() or torch.xpu.is_available()
+
+
+@contextmanager
+def seeded_apart(*path: Any) -> Iterator[None]:
+    """All random generators at such a place, and back where they were afterwards."""
+    random = get_random_state()
+    try:
+        seeded(*path)
+        yield
+    finally:
+        set_random_state(random)
+
+
+def modules_behind(*programs: Callable[..., Any]) -> list[torch.nn.Module]:
+    """The modules that models and guides are methods of, each once: vae, of vae.model and vae.guide."""
+    found = {m: None for m in map(module_behind, programs) if m is not None and m not in programs}
+    return list(found)
 
 
 def module_behind(program: Callable[..., Any]) -> torch.nn.Module | None:

@@ -24,7 +24,7 @@ from pyro_iwae.distributed import Ranks, checksum, described, float_of, number_o
 from pyro_iwae.drawn import settable
 from pyro_iwae.handlers import Minibatch
 from pyro_iwae.plates import Site
-from pyro_iwae.state import get_random_state, seeded, set_random_state
+from pyro_iwae.state import get_random_state, seeded, seeded_apart, set_random_state
 
 __all__ = ["Turn"]
 
@@ -103,12 +103,8 @@ class Turn:
             "DistributedDataParallel(process_group=mesh['data'].get_group())",
         )
         ranks.calls += 1
-        random = get_random_state()
-        try:
-            seeded(seeds[0])
+        with seeded_apart(seeds[0]):
             yield cls(ranks, seeds[0], ranks.calls)
-        finally:
-            set_random_state(random)
 
     @property
     def is_due(self) -> bool:
@@ -152,7 +148,7 @@ class Turn:
         """The first numbers that were drawn for continuous latents; 0 where there are too few to tell copies."""
         return number_of(*self.first) if len(self.first) >= ENOUGH else 0
 
-    def require_apart(self, streams: Sequence[int], drawn: Sequence[int]) -> None:
+    def require_apart(self, streams: Sequence[int], drawn: Sequence[int] = ()) -> None:
         """Raises where two processes have drawn the same particles, by ``stream`` and ``drawn`` of each."""
         self._require_different(streams)
         self._require_different([number or -1 - rank for rank, number in enumerate(drawn)])

@@ -36,6 +36,7 @@ __all__ = [
     "Particles",
     "constants_of",
     "impossible_sites",
+    "sites_at_fault",
     "warn_of_impossible",
     "weigh",
     "weigh_particles",
@@ -332,6 +333,11 @@ def warn_of_impossible(impossible: Tensor, num_particles: int, sites: Callable[[
             "particles",
             stacklevel=3,
         )
+
+
+def sites_at_fault(particles: Particles) -> set[str]:
+    """Names of the sites with a log density of -inf at some of the particles."""
+    return impossible_sites([terms_of(p, particles.layout, particles.common) for p in particles.pairs])
 
 
 def impossible_sites(tables: Sequence[Sequence[Term]]) -> set[str]:
