@@ -31,9 +31,10 @@ test: lint  ## install everything; lint, tests (shapes checked, doctests include
 nightly: $(all_installed)  ## every test, the slow ones too, and more random models
 	OMP_NUM_THREADS=1 MPLBACKEND=Agg HYPOTHESIS_PROFILE=nightly $(python) -m pytest -n 2 --dist worksteal -m ""
 
-docs: $(all_installed)  ## build the documentation into docs/_build/html and run its examples
-	$(python) -m sphinx -W --keep-going -q -b doctest docs docs/_build/doctest
-	$(python) -m sphinx -W --keep-going -q -b html docs docs/_build/html
+docs: $(all_installed)  ## run the tutorials and examples, build the documentation into docs/_build/html, check its links
+	OMP_NUM_THREADS=1 MPLBACKEND=Agg $(python) -m sphinx -W --keep-going -q -b html docs docs/_build/html
+	OMP_NUM_THREADS=1 MPLBACKEND=Agg $(python) -m sphinx -W --keep-going -q -b doctest docs docs/_build/doctest
+	$(python) docs/check_links.py docs/_build/html
 
 bench: $(bench_installed)  ## time steps against Pyro, PyTorch by hand and NumPyro (a quarter of an hour)
 	@for script in $(peers); do echo "$$script"; $(python) "$$script" || exit 1; done
@@ -46,13 +47,14 @@ bench-all: $(bench_installed)  ## run every benchmark (hours)
 bench-smoke: $(all_installed)  ## try every benchmark for a few seconds; measures and keeps nothing
 	@for script in $(every); do echo "$$script"; $(python) "$$script" --smoke || exit 1; done
 
-lint: $(all_installed)  ## ruff and mypy
+lint: $(all_installed)  ## ruff, mypy and spelling
 	$(python) -m ruff check .
 	$(python) -m ruff format --check .
 	$(python) -m mypy
+	$(python) -m codespell_lib .
 
 clean:  ## remove the environment, caches and what was built; keep results
-	rm -rf .venv build dist *.egg-info docs/_build .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	rm -rf .venv build dist *.egg-info docs/_build docs/gallery docs/sg_execution_times.rst .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 .venv/installed-examples: $(requirements)

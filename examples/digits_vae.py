@@ -1,12 +1,16 @@
 # Copyright Contributors to the pyro_iwae project.
 # SPDX-License-Identifier: Apache-2.0
 
-"""A variational autoencoder of handwritten digits, trained twice: one line changes, the loss.
+"""
+Digits, trained with both bounds
+================================
+
+A variational autoencoder of handwritten digits, trained twice: one line changes, the loss.
 
 The same VAE is trained with ``Trace_ELBO`` and with ``ImportanceWeightedELBO``. The importance weighted bound implies a
 posterior of its own: draw K from the guide, weigh them, keep one by its weight. ``ImportanceResampledGuide`` is that
 posterior as a Pyro guide. Here it reconstructs digits, fills the missing half of some and scores damaged ones, after
-"Reinterpreting Importance-Weighted Autoencoders" (Cremer, Morris, Duvenaud 2017, https://arxiv.org/abs/1704.02916).
+"Reinterpreting Importance-Weighted Autoencoders" (Cremer, Morris, Duvenaud 2017, https://arxiv.org/abs/1704.02916)::
 
     python examples/digits_vae.py                                      # about two minutes on two cores
     python examples/digits_vae.py --data train-images-idx3-ubyte.gz    # MNIST, also as mnist.npz; slower
@@ -315,7 +319,7 @@ def plot_images(rows, levels, path, columns=12, hidden_from=None):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(description=__doc__.strip().split("\n")[0])
     parser.add_argument("--data", help="MNIST instead of scikit-learn's digits: an idx (gzipped or not) or npz file")
     parser.add_argument("--epochs", type=int, help="default: 200, or 5 with --data")
     parser.add_argument("--latents", type=int, default=20)

@@ -1,11 +1,15 @@
 # Copyright Contributors to the pyro_iwae project.
 # SPDX-License-Identifier: Apache-2.0
 
-"""A variational autoencoder of handwritten digits, its particles shared out over processes; goes on after a crash.
+"""
+Several processes
+=================
+
+A variational autoencoder of handwritten digits, its particles shared out over processes; goes on after a crash.
 
 ``ImportanceWeightedELBO(K, process_group=...)`` gives each process its part of the K particles, and all of them the
 loss and gradient of all K. Data are shared out by torch's DistributedDataParallel, as always; both go together. What
-is needed to go on is saved every so many steps, and loaded at the start if it is there.
+is needed to go on is saved every so many steps, and loaded at the start if it is there::
 
     torchrun --nproc-per-node=2 examples/distributed.py                      # particles over two processes
     torchrun --nproc-per-node=4 examples/distributed.py --data-ranks 2       # data over two, particles over two
@@ -173,7 +177,7 @@ def plot_losses(losses, path):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(description=__doc__.strip().split("\n")[0])
     parser.add_argument("--data-ranks", type=int, default=1, help="over how many processes data are shared out")
     parser.add_argument("--steps", type=int, help="default: 2000")
     parser.add_argument("--save-every", type=int, help="steps from one checkpoint to the next; default: 100")

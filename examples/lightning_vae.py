@@ -1,11 +1,15 @@
 # Copyright Contributors to the pyro_iwae project.
 # SPDX-License-Identifier: Apache-2.0
 
-"""A variational autoencoder of handwritten digits as a LightningModule, over one process or several.
+"""
+With Lightning
+==============
+
+A variational autoencoder of handwritten digits as a LightningModule, over one process or several.
 
 ``ImportanceWeightedELBO(K)(model, guide)`` is a torch module that returns the loss. So it goes where Lightning wants a
 loss, and Lightning does the rest: epochs, checkpoints, and data shared out over processes (each has its own digits and
-all K particles of each of them; ``examples/distributed.py`` shares out the particles).
+all K particles of each of them; ``examples/distributed.py`` shares out the particles)::
 
     python examples/lightning_vae.py                                 # about two minutes on two cores
     python examples/lightning_vae.py --devices 2                     # Lightning starts the second process
@@ -132,7 +136,7 @@ def plot_history(history, evidence, path):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(description=__doc__.strip().split("\n")[0])
     parser.add_argument("--devices", type=int, default=1, help="how many processes share out the data")
     parser.add_argument("--epochs", type=int, help="default: 100")
     parser.add_argument("--num-particles", type=int, default=50, help="K in training")

@@ -119,7 +119,7 @@ class Evaluation:
 
     @property
     def unbiased(self) -> Tensor:
-        """Multilevel estimate of the log evidence: no bias at all, and the most noise."""
+        """Multilevel estimate of the log evidence, with no bias at all and the most noise."""
         return self._of(UNBIASED).value
 
     @property
@@ -198,7 +198,7 @@ class Evaluation:
 
     @property
     def constant(self) -> float:
-        """Terms that no latent can change: in the total, and in no element."""
+        """Terms that no latent can change, in the total and in no element."""
         return require_constant([p.constant for p in self.parts])
 
     # Put together, kept

@@ -97,7 +97,7 @@ class SampledBackward(PathGradient):
         """Draws particles by their slopes (the weights, normalised), each distinct one once.
 
         Returns:
-            Which particles, and for how many each stands: sum over draws of ``count * g[index]`` has the mean
+            Which particles, and for how many each stands. The sum over draws of ``count * g[index]`` has the mean
             sum_k g_k for any g that is 0 where the slope is.
         """
         if slopes.shape[0] <= self.draws:
