@@ -40,6 +40,8 @@ python_maximum_signature_line_length = 88
 doctest_test_doctest_blocks = ""  # pytest runs the docstrings' examples; here only the pages' own directives
 
 html_theme = "furo"
+html_title = "pyro_iwae"
+pygments_style = "friendly"  # what is taken away is red, what is new green
 copybutton_prompt_text = r">>> |\.\.\. |\$ "
 copybutton_prompt_is_regexp = True
 

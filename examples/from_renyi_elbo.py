@@ -2,8 +2,8 @@
 # SPDX-License-Identifier: Apache-2.0
 
 """
-Coming from RenyiELBO
-=====================
+Ten cases where RenyiELBO is wrong
+==================================
 
 Pyro's ``RenyiELBO(alpha=0)`` is meant to be the importance weighted bound. It is, where every site lies in one plate
 that shows all of its elements and every latent is reparameterised. Here are the ten cases in which it is not, silently

@@ -96,9 +96,9 @@ for K in example.progress("particles", ladder):
 # nearly right.
 # White lines hold 50, 90 and 99 % of the true posterior. (± is one standard error over batches, throughout.)
 
-fig, axes = plt.subplots(1, 4, figsize=(15, 3.4), sharex=True, sharey=True)
+fig, axes = plt.subplots(2, 2, figsize=(8.4, 7.0), sharex=True, sharey=True)
 titles = {"the guide q": 1, "q_EW, K = 10": 10, "q_EW, K = 100": 100, "the posterior": None}
-for ax, (title, K) in zip(axes, titles.items(), strict=True):
+for ax, (title, K) in zip(axes.flat, titles.items(), strict=True):
     log_q = densities.get(K, log_target - math.log(8)).reshape(len(side), -1).T
     outline = log_target.reshape(len(side), -1).T
     plots.density_2d(side, side, log_q, outline=outline, title=title, ax=ax)

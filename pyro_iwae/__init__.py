@@ -8,6 +8,7 @@ https://arxiv.org/abs/1704.02916). Importing the package changes nothing in torc
 """
 
 from pyro_iwae.checkpoint import Checkpoint
+from pyro_iwae.citation import citation
 from pyro_iwae.compiled_svi import CompiledSVI
 from pyro_iwae.elbo import ImportanceWeightedELBO
 from pyro_iwae.evaluating import evaluate
@@ -44,6 +45,7 @@ __all__ = [
     "SampledBackward",
     "StickTheLanding",
     "Tradeoff",
+    "citation",
     "evaluate",
     "gradient_snr",
     "preflight",

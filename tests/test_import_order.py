@@ -53,7 +53,7 @@ ORDER = [
     {"evaluating"},
     {"compiled_svi", "guide", "monitor", "tradeoff"},
     {"preflight"},
-    {"inference_data", "plots"},
+    {"citation", "inference_data", "plots"},
 ]
 LEVEL = {name: level for level, names in enumerate(ORDER) for name in names}
 FILES = [p for p in sorted(ROOT.rglob("*.py")) if p != ROOT / "__init__.py"]

@@ -1,0 +1,152 @@
+# Copyright Contributors to the pyro_iwae project.
+# SPDX-License-Identifier: Apache-2.0
+
+"""
+My latents are discrete: sum them out, or sample them?
+======================================================
+
+A sigmoid belief network has a few binary units above each digit. Five of them have 32 states, so that the evidence and the posterior can be had exactly, and every way of training can be judged against them: units summed out in the model, or sampled by a guide whose gradient is :class:`~pyro_iwae.OVIS`, :class:`~pyro_iwae.VIMCO`, that of ``Trace_ELBO``, or that of ``RenyiELBO``, which is exactly 0. Summing out takes 2^units terms; sampling goes on where that ends.
+"""
+
+import math
+
+import matplotlib.pyplot as plt
+import pyro
+import pyro.distributions as dist
+import torch
+from pyro.infer import SVI, RenyiELBO, Trace_ELBO, TraceEnum_ELBO
+from pyro.optim import Adam
+from showing import BLUE, GREEN, GREY, ORANGE, PINK, Example, mean_and_error, shown
+from sklearn.datasets import load_digits
+from torch import nn
+
+from pyro_iwae import VIMCO, ImportanceResampledGuide, ImportanceWeightedELBO, gradient_snr
+
+example = Example(__doc__)
+
+# %%
+# A model for both ways
+# ---------------------
+# Units are marked for enumeration in the model. Where the guide samples them, that mark does nothing; under the empty guide they are summed out.
+
+units = 5
+images = torch.tensor(load_digits().data > 7).float()[torch.randperm(1797)]
+training, held_out = images[: example.size(1000, 100)], images[1000 : example.size(1200, 1010)]
+
+
+class BeliefNetwork(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.decoder = nn.Linear(units, 64)
+        self.encoder = nn.Sequential(nn.Linear(64, 32), nn.Tanh(), nn.Linear(32, units))
+        nn.init.normal_(self.decoder.weight, std=0.5)
+
+    def model(self, x):
+        pyro.module("decoder", self.decoder)
+        with pyro.plate("digits", len(x)):
+            logits = self.decoder.bias
+            for i, weights in enumerate(self.decoder.weight.T):
+                unit = pyro.sample(f"h_{i}", dist.Bernoulli(0.5), infer={"enumerate": "parallel"})
+                logits = logits + unit.unsqueeze(-1) * weights
+            pyro.sample("x", dist.Bernoulli(logits=logits).to_event(1), obs=x)
+
+    def guide(self, x):
+        pyro.module("encoder", self.encoder)
+        with pyro.plate("digits", len(x)):
+            for i, logit in enumerate(self.encoder(x).unbind(-1)):
+                pyro.sample(f"h_{i}", dist.Bernoulli(logits=logit))
+
+    def log_joint(self, x):
+        """log p(x, h) for every row and each of the states."""
+        return -units * math.log(2) + dist.Bernoulli(logits=self.decoder(states)).to_event(1).log_prob(x.unsqueeze(1))
+
+
+def nothing(x):
+    """The guide where all is summed out."""
+
+
+states = torch.cartesian_prod(*[torch.tensor([0.0, 1.0])] * units)
+
+# %%
+# Trained five times
+# ------------------
+# The loss is what differs, and for summing out the guide. All start alike and see the same batches. ``bound`` is the one for K = 10 particles of the guide that was trained, and the evidence is exact.
+
+K, together = 10, {"vectorize_particles": True, "max_plate_nesting": 1}
+losses = {
+    "summed out": TraceEnum_ELBO(max_plate_nesting=1),
+    "OVIS": ImportanceWeightedELBO(num_particles=K),
+    "VIMCO": ImportanceWeightedELBO(num_particles=K, score=VIMCO()),
+    "Trace_ELBO": Trace_ELBO(num_particles=K, **together),
+    "RenyiELBO": RenyiELBO(alpha=0, num_particles=K, **together),
+}
+networks, evidence, gaps, ladder = {}, {}, {}, (1, 2, 5, 10, 20, 50)
+print(f"{len(held_out)} held-out digits: nats per digit, ± standard error over digits\n")
+print("trained with     log evidence, exact   less than summed out       bound, K = 10   exact - bound")
+for name, loss in losses.items():
+    pyro.clear_param_store()
+    pyro.set_rng_seed(example.seed)
+    network = networks[name] = BeliefNetwork()
+    guide = nothing if name == "summed out" else network.guide
+    svi = SVI(network.model, guide, Adam({"lr": 0.01}), loss=loss)
+    example.train(svi, [(batch,) for batch in training.split(100)], epochs=example.size(25, 2), what=name)
+    with torch.no_grad():
+        evidence[name] = network.log_joint(held_out).logsumexp(1)
+        report = f"{name:15}{shown(evidence[name]):>21}{shown(evidence['summed out'] - evidence[name]):>23}"
+        if name != "summed out":
+            elbos = {k: ImportanceWeightedELBO(num_particles=k) for k in ladder}
+            repeats = range(example.size(10, 2))
+            bound = {
+                k: torch.stack([elbo.bound(network.model, guide, held_out) for _ in repeats]).mean(0)
+                for k, elbo in elbos.items()
+            }
+            gaps[name] = {k: mean_and_error(evidence[name] - each) for k, each in bound.items()}
+            report += f"{shown(bound[K]):>20}{shown(evidence[name] - bound[K]):>16}"
+    print(report)
+
+# %%
+# RESULT
+#
+# How noisy is the gradient?
+# --------------------------
+# At one and the same point, that of OVIS: signal-to-noise ratio of the gradient by all of the guide's parameters, ± standard error over groups of replicates, and the largest entry of the mean gradient.
+
+network, snr = networks["OVIS"], {}
+scores = {
+    "OVIS": lambda k: ImportanceWeightedELBO(num_particles=k),
+    "VIMCO": lambda k: ImportanceWeightedELBO(num_particles=k, score=VIMCO()),
+    "RenyiELBO": lambda k: RenyiELBO(alpha=0, num_particles=k, **together),
+}
+print("gradient of the guide     K   signal to noise   largest entry")
+for name, loss_of in scores.items():
+    for k in (2, 10, 50):
+        found = gradient_snr(
+            loss_of(k),
+            network.model,
+            network.guide,
+            training[:100],
+            num_replicates=example.size(100, 20),
+            progress=False,
+        )
+        largest = max(p.mean.abs().max().item() for p in found.parameters if p.role == "guide")
+        snr[name, k] = found.guide, found.guide_error
+        print(f"{name:20}{k:7}{found.guide:10.3f} ± {found.guide_error:.3f}{largest:14.2g}")
+
+# %%
+# RESULT
+#
+# The posterior over the units
+# ----------------------------
+# For each held-out digit, how likely is it that a unit is on?
+
+with torch.no_grad():
+    exact = network.log_joint(held_out).softmax(1) @ states
+errors = {}
+print("particles   error of a probability, q_EW by draws   by weights")
+for k in (1, 4, 16, 64):
+    posterior = ImportanceResampledGuide(network.model, network.guide, num_particles=k)
+    draws = posterior.sample(example.size(500, 10), held_out)
+    on = torch.stack([draws[f"h_{i}"] for i in range(units)], -1).mean(0)
+    weighed = torch.stack([posterior.expectation(lambda z, i=i: z[f"h_{i}"], held_out) for i in range(units)], -1)
+    errors[k] = [(each - exact).abs().mean(1) for each in (on, weighed)]
+    print(k, *(shown(e, 4) for e in errors[k]))
