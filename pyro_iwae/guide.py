@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -42,6 +42,7 @@ from pyro_iwae.sharing import Sharing
 from pyro_iwae.state import modules_behind, unchanged_state
 from pyro_iwae.structure import Structure, StructureCache
 from pyro_iwae.tree import PlateParticles
+from pyro_iwae.verdicts import Question
 from pyro_iwae.weighing import Particles, weigh_particles
 
 if TYPE_CHECKING:
@@ -313,14 +314,23 @@ class ImportanceResampledGuide(Grouped, Owning):
             most = structure.run.tree.most(self.num_particles)
             most = most if self.chunk_size is None else min(most, self.chunk_size)
             per_pass = max(1, NUMBERS_PER_PASS // (most * max(1, structure.numbers)))
+            plate = partial(ParticlePlate, "_importance_draws", dim=-structure.run.depth - 1)
+            if min(per_pass, num_draws) > 2:
+                self._look_at_draws(call, plate(2))
             blocks = []
             for start in range(0, num_draws, per_pass):
-                size = min(per_pass, num_draws - start)
-                depth = structure.run.depth
-                with ParticlePlate("_importance_draws", size, dim=-depth - 1):
+                with plate(min(per_pass, num_draws - start)):
                     block = self(*args, **kwargs)
                 blocks.append({n: _strip(v, n, structure) for n, v in block.items()})
         return {n: torch.cat([b[n] for b in blocks]) for n in blocks[0]}
+
+    def _look_at_draws(self, call: Call, two: ParticlePlate) -> None:
+        """Has the verdict on draws in a plate taken on two of them: it holds for any number, and takes many runs."""
+        options = {**self._options(True), "minibatch": Minibatch()}
+        with two:
+            inside = replace(call, enclosing=enclosing_frames())
+            with self._inside():
+                in_all(self._ranks, Question(inside, num_particles=self.num_particles, **options).answer)
 
     def expectation(
         self, fn: Callable[[dict[str, Tensor]], Tensor], *args: Any, num_batches: int = 32, **kwargs: Any

@@ -210,6 +210,25 @@ def test_draws_are_not_made_in_a_loop():
     assert all(many - few <= 8 for few, many in zip(calls[10], calls[1000], strict=True))  # the check grows as a log
 
 
+def test_draws_are_looked_at_by_two():
+    """A look takes many runs; only the draws themselves are run with all of them."""
+    sizes = []
+
+    def watched(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            sizes.append(z.numel())
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(0.5 * x, 1.0))
+
+    posterior = ImportanceResampledGuide(watched, guide, num_particles=5)
+    assert posterior.sample(1000, torch.zeros(3))["z"].shape == (1000, 3)
+    assert len(sizes) > 5 and [size for size in sizes if size > 1000] == [1000 * 5 * 3]
+
+
 def test_sample_leaves_no_sites_outside():
     posterior = ImportanceResampledGuide(*gammas(2), 3)
     trace = poutine.trace(posterior.sample).get_trace(5)
