@@ -165,10 +165,10 @@ for first, second in (
 # equally well by both. Splits and training runs matter beside the errors (``--seed 1``), and change little of that.
 #
 # The gap says why. ELBO = log evidence - KL(guide || posterior): the encoder has met benign rows only, and on the
-# others it need not be near the posterior. That part of the ELBO's score comes from the guide and not from the model. It
-# may help, but no one trained it to. It also makes the evidence of odd rows hard to estimate: few of them are to be
-# trusted, and those that are not come out too low. To *compare models* by what they give to held-out rows, take the
-# evidence.
+# others it need not be near the posterior. That part of the ELBO's score comes from the guide and not from the model.
+# It may help, but no one trained it to. It also makes the evidence of odd rows hard to estimate: few of them are to
+# be trusted, and those that are not come out too low. To *compare models* by what they give to held-out rows, take
+# the evidence.
 
 print("\n                 log evidence (nats)       gap to the ELBO (nats)    share trusted (%)")
 print("trained with     benign      malignant       benign      malignant   benign  malignant")

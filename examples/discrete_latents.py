@@ -114,8 +114,9 @@ for name, loss in losses.items():
 # Sampled with OVIS or VIMCO, the network is as good as summed out, within a few hundredths of a nat. Trained with
 # ``Trace_ELBO`` it is worse by about a nat. Two things may be behind that: its gradient for discrete units has no
 # control of its noise, and the ELBO asks for a model that the guide can follow. ``RenyiELBO`` trains the model under
-# a guide that stays as it began. The network is better than that of ``Trace_ELBO`` all the same, since with 10
-# particles the bound forgives much in a guide; but that guide is far off, as the gap shows.
+# a guide that stays as it began. The network is better than that of ``Trace_ELBO`` all the same, presumably since
+# with 10 particles the bound forgives much in a guide; but that guide is far off, as the gap shows. The training is
+# short, and one seed is shown: errors are over digits, and do not hold the variation from one training to the next.
 #
 # How noisy is the gradient?
 # --------------------------

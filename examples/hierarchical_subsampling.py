@@ -107,9 +107,8 @@ epochs, repeats, ladder = example.size(25, 1), example.size(40, 4), example.size
 def learned(loss, seed):
     pyro.clear_param_store()
     pyro.set_rng_seed(example.seed + seed)
-    svi = SVI(
-        model, guide, pyro.optim.ClippedAdam({"lr": 0.05, "lrd": 0.05 ** (1 / (epochs * len(minibatches)))}), loss=loss
-    )
+    optim = pyro.optim.ClippedAdam({"lr": 0.05, "lrd": 0.05 ** (1 / (epochs * len(minibatches)))})
+    svi = SVI(model, guide, optim, loss=loss)
     example.train(svi, [(counts, rows) for rows in minibatches], epochs=epochs, what=type(loss).__name__)
     return pyro.param("spread").item()
 
@@ -151,14 +150,16 @@ example.save(fig, "gap")
 # %%
 # One weight gains little from each doubling of the particles, whichever loss the guide was trained with. Particles
 # of each row do better at the same number of evaluations, and with a guide that was trained with them about a nat
-# or less is left at 256. Such a guide is wider, as a proposal for each row should be; to one weight that is no
-# gain. How good a proposal ``Trace_ELBO`` leaves behind differs much from run to run (``--seed 1`` has a better
-# one). More than one particle of ``mu`` does not pay here, at equal cost: its guide is nearly right, and it is one
-# number against 400.
-#
-# The bound on minibatches is unbiased ------------------------------------ Its mean is that of the bound on all
-# rows. The mean over the ten minibatches of an epoch is compared, in which each row stands once; one minibatch
-# alone is far noisier, as it holds the choice of rows, too.
+# or less is left at 256. Such a guide is wider, as a proposal for each row should be; to one weight that is no gain.
+# How good a proposal ``Trace_ELBO`` leaves behind differs much from data to data (``--seed 1`` draws others, where it
+# is as good). More than one particle of ``mu`` gains nothing clear at equal cost: its guide is nearly right, and it
+# is one number against 400.
+
+# %%
+# The bound on minibatches is unbiased
+# ------------------------------------
+# Its mean is that of the bound on all rows. The mean over the ten minibatches of an epoch is compared, in which each
+# row stands once; one minibatch alone is far noisier, as it holds the choice of rows, too.
 
 elbo = losses["plate_particles"]
 whole = torch.tensor([-elbo.loss(model, guide, counts) for _ in range(2 * repeats)])
@@ -167,8 +168,6 @@ parts = single.mean(1)
 z = (whole.mean() - parts.mean()) / (whole.var() / len(whole) + parts.var() / len(parts)).sqrt()
 print(f"\nbound on all rows              {shown(whole)} nats, ± standard error over calls")
 print(f"mean of ten minibatches        {shown(parts)} nats, z of the difference {z:.1f}")
-print(
-    f"standard deviations: all rows {whole.std():.1f}, mean of ten {parts.std():.1f}, one minibatch {single.std():.1f}"
-)
+print(f"standard deviations: {whole.std():.1f} of all rows, {parts.std():.1f} of ten, {single.std():.1f} of one")
 
 example.end()

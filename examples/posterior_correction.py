@@ -82,8 +82,8 @@ def mean_and_std(batches):
 # %%
 # The reference
 # -------------
-# NUTS on the form without a funnel, where it mixes well. Its errors are larger than those of the corrected guide
-# will be.
+# NUTS on the form without a funnel, where it mixes well. So few draws leave it errors that are larger than those of
+# the good correction will be.
 
 warnings.filterwarnings("ignore", "`torch.jit", DeprecationWarning)  # which Pyro's jit_compile uses
 kernel = NUTS(non_centred, jit_compile=not example.smoke, ignore_jit_warnings=True)

@@ -176,8 +176,11 @@ example.save(fig, "training")
 # The black line is the model that drew the sites. The gain is small beside what is left to it, which 100 sites do
 # not tell. More steps with ``Trace_ELBO`` do not make up for the particles here, but do to a large part on other
 # data (``--seed 2``).
-#
-# Which one, then? ---------------- The fewest particles that have nine tenths of the largest gain.
+
+# %%
+# Which one, then?
+# ----------------
+# The fewest particles that have nine tenths of the largest gain.
 
 largest, best = max(gains.items(), key=lambda item: item[1][0])
 enough = next(name for name in gains if gains[name][0] >= 0.9 * best[0])
