@@ -174,8 +174,8 @@ example.save(fig, "training")
 
 # %%
 # The black line is the model that drew the sites. The gain is small beside what is left to it, which 100 sites do
-# not tell. More steps with ``Trace_ELBO`` do not make up for the particles here, but do to a large part on other
-# data (``--seed 2``).
+# not tell. More steps with ``Trace_ELBO`` do not make up for the particles here; on other data they may do to a large
+# part (try other seeds).
 
 # %%
 # Which one, then?
