@@ -138,7 +138,7 @@ for name, loss_of in scores.items():
             network.model,
             network.guide,
             training[:50],
-            num_replicates=example.size(40, 10),
+            num_replicates=example.size(40, 20),
             progress=False,
         )
         largest = max(p.mean.abs().max().item() for p in found.parameters if p.role == "guide")

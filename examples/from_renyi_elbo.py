@@ -37,9 +37,10 @@ def renyi(num_particles, nesting=1):
 
 def compare(case, right, K, *args):
     """Bounds by both, beside what is right."""
-    repeats = range(example.size(100, 5))
-    losses = {"RenyiELBO": renyi(K), "ImportanceWeightedELBO": ImportanceWeightedELBO(num_particles=K)}
-    found[case] = {name: -torch.tensor([loss.loss(*args) for _ in repeats]) - right for name, loss in losses.items()}
+    found[case] = {}
+    for loss in (renyi(K), ImportanceWeightedELBO(num_particles=K)):
+        repeats = example.progress(f"{case}, {type(loss).__name__}", range(example.size(100, 5)))
+        found[case][type(loss).__name__] = -torch.tensor([loss.loss(*args) for _ in repeats]) - right
     print(f"right {right:.2f}", *(f"{name} {shown(error + right)}" for name, error in found[case].items()), sep="   ")
 
 
