@@ -32,6 +32,7 @@ nightly: $(all_installed)  ## every test, the slow ones too, and more random mod
 	OMP_NUM_THREADS=1 MPLBACKEND=Agg HYPOTHESIS_PROFILE=nightly $(python) -m pytest -n 2 --dist worksteal -m ""
 
 docs: $(all_installed)  ## run the tutorials and examples, build the documentation into docs/_build/html, check its links
+	rm -f docs/gallery/*.md5  # of scripts that ran: what they run may have changed
 	OMP_NUM_THREADS=1 MPLBACKEND=Agg $(python) -m sphinx -W --keep-going -q -b html docs docs/_build/html
 	OMP_NUM_THREADS=1 MPLBACKEND=Agg $(python) -m sphinx -W --keep-going -q -b doctest docs docs/_build/doctest
 	$(python) docs/check_links.py docs/_build/html
