@@ -34,7 +34,8 @@ const scrolls = e => e && e !== document.body && (['auto', 'scroll', 'hidden'].i
     || scrolls(e.parentElement));
 return [...document.querySelectorAll('main *, article *')]
     .filter(e => e.getBoundingClientRect().right > wide && !scrolls(e))
-    .map(e => e.tagName + '.' + e.className + ': ' + (e.textContent || '').trim().slice(0, 60)).slice(0, 5);
+    .map(e => e.tagName + '.' + e.className + ': ' + (e.textContent || '').trim().slice(0, 60))
+    .slice(0, 5).concat(['the page']);
 """
 # Formulas are set when MathJax says so, if it could be had.
 SET = """
@@ -42,6 +43,7 @@ const done = arguments[0], formulas = window.MathJax && MathJax.startup && MathJ
 const limit = new Promise(resolve => setTimeout(resolve, 10000));
 Promise.race([Promise.resolve(formulas), limit]).then(() => setTimeout(done, 100));
 """
+UNSET = "return document.querySelector('.math') && !document.querySelector('mjx-container');"
 MISSING = "return [...document.images].filter(i => i.complete && !i.naturalWidth).map(i => i.src);"
 
 
@@ -64,6 +66,7 @@ def look(driver: webdriver.Chrome, address: str, window: str, scheme: str, pictu
     driver.set_script_timeout(30)
     driver.execute_async_script(SET)
     found = [f"wider than its window: {what}" for what in driver.execute_script(WIDER)]
+    found += ["formulas are not set"] if driver.execute_script(UNSET) else []
     found += [f"no picture: {source}" for source in driver.execute_script(MISSING)]
     found += [
         entry["message"]

@@ -93,7 +93,7 @@ print(preflight(model, guide, counts, minibatches[0]))
 # evaluate the density of every row n times.
 
 losses = {
-    "Trace_ELBO": Trace_ELBO(),
+    "Trace_ELBO": Trace_ELBO(num_particles=16, vectorize_particles=True, max_plate_nesting=1),
     "plate_particles": ImportanceWeightedELBO(num_particles=1, plate_particles={"data": 16}),
 }
 ways = {

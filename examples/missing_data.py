@@ -175,6 +175,4 @@ draws = ImportanceResampledGuide(vae.model, vae.guide, num_particles=20).sample(
 x = dist.Normal(vae.means(draws), vae.log_scale.exp()).sample().sort(0).values
 inside = (1.0 * (x[4] < truth) * (truth < x[94])).masked_fill(known, math.nan).nanmean(1)
 print(f"\nHalf missing, {rows} rows: {shown(inside, 3)} of the hidden values lie within their interval (of 0.9).")
-print("Their spread (standard deviations):")
-print(f"hidden {truth[~known].std():.2f}, draws {x[:, ~known].std():.2f}, means {filled[~known].std():.2f}")
 example.end()

@@ -288,9 +288,11 @@ for name, (model, guide_of, data, pyros, in_plates, formula) in models.items():
 # The first five models learn no parameters of their own. Both rows of such a model estimate one and the same
 # evidence, and what differs is the guide: how far its bound is from the evidence, and how many of the 3,200 particles
 # count (ESS). Where most particles miss what weighs most, the estimate tends to be too low by more than its standard
-# error, as the exact values of linear regression and eight schools show; the last column warns of it. Trained with
-# the bound, the guide of logistic regression is good enough to be trusted, and that of eight schools is about at the
-# threshold; one without correlations is too poor for ten correlated slopes, whatever it was trained with. For the
+# error, as the exact value of linear regression shows; the last column warns of it. It does not warn of all: the guide
+# of eight schools, trained with the bound, is trusted, and its estimate is many standard errors too low. Its funnel has
+# a neck that 3,200 particles hardly see; with ten times as many khat rises above the threshold. One guide without
+# correlations is too poor for ten correlated slopes, whatever it was trained with; that of logistic regression, with
+# correlations and trained with the bound, is good. For the
 # mixture, started with its components apart, the ELBO is as good as the evidence, and the swap gains nothing. The
 # deep exponential family has hundreds of global weights: its evidence is not known to tens of nats, and only the
 # bounds themselves can be compared.

@@ -11,9 +11,11 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from pyro.distributions import Delta
 from torch import Tensor
 
-from pyro_iwae.drawn import settable
+from pyro_iwae.densities import is_discrete
+from pyro_iwae.drawn import innermost, settable
 from pyro_iwae.plates import Site, latent_sites
 from pyro_iwae.structure import Structure
 from pyro_iwae.traces import Pair
@@ -26,6 +28,7 @@ def announce(structure: Structure, num_particles: int, of_enumeration: bool, kno
     messages = list(structure.messages)
     if structure.probe is not None:
         messages += mask_warnings(structure.probe)
+        messages += kind_warnings(structure.probe)
         messages += enumeration_warnings(structure.probe) if of_enumeration and num_particles > 1 else []
     for message in messages:
         if known is None or message not in known.messages:
@@ -106,6 +109,24 @@ def mask_warnings(pair: Pair) -> list[str]:
                 "density counts in q and not in p, and the bound can pass the evidence. Put the same poutine.mask "
                 "around it in the guide; for missing data, mask the observation instead of using obs_mask: "
                 "with poutine.mask(mask=known): pyro.sample(..., obs=data)"
+            )
+    return found
+
+
+def kind_warnings(pair: Pair) -> list[str]:
+    """A latent that is discrete in the model and drawn from a density in the guide: their quotient is no weight."""
+    found = []
+    for name, site in latent_sites(pair.guide):
+        prior = pair.model.nodes.get(name)
+        if prior is None or isinstance(innermost(site["fn"]), Delta):
+            continue
+        if is_discrete(prior["fn"]) and site["fn"].has_rsample:
+            found.append(
+                f"latent site '{name}' is discrete in the model ({type(prior['fn']).__name__}) and drawn from a "
+                f"density in the guide ({type(site['fn']).__name__}): log p is a probability's, log q a density's, and "
+                "the bound bounds nothing. Draw it from a discrete distribution in the guide (it gets a "
+                "score-function gradient), sum it out (infer={'enumerate': 'parallel'} in the model), or make it "
+                "continuous in the model"
             )
     return found
 

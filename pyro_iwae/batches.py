@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from pyro_iwae.chunks import chunks_of
+from pyro_iwae.densities import is_discrete
 from pyro_iwae.distributed import bits_of, number_of
 from pyro_iwae.drawn import settable
 from pyro_iwae.evidence import bounds, correction, draw_level, level_probability
@@ -241,10 +242,7 @@ def _require_density(first: Particles, again: Particles) -> None:
 
 
 def _has_density(site: Site | None) -> bool:
-    if site is None or not settable(site):
-        return False
-    support = getattr(site["fn"], "support", None)
-    return support is None or not getattr(support, "is_discrete", False)
+    return site is not None and settable(site) and not is_discrete(site["fn"])
 
 
 def fingerprint(*values: Any) -> str:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from pyro_iwae.plates import Site
 
-__all__ = ["infinity_message", "log_prob_of", "nan_message", "score_parts_of", "spread", "varies_along"]
+__all__ = ["infinity_message", "is_discrete", "log_prob_of", "nan_message", "score_parts_of", "spread", "varies_along"]
 
 # Their densities take values with more dimensions in front, and work something out of the parameters alone.
 BROADCASTING = frozenset(
@@ -34,6 +34,14 @@ NARROW = "_pyro_iwae_narrow"  # an expanded distribution's attribute: what it wa
 
 
 MISSING_VALUES = "For missing values put any valid number in their place, and mask that with poutine.mask"
+
+
+def is_discrete(fn: Any) -> bool:
+    """Whether it gives probabilities and not densities; one that does not say is taken to give densities."""
+    try:
+        return bool(getattr(fn.support, "is_discrete", False))
+    except (AttributeError, NotImplementedError):
+        return False
 
 
 def spread(msg: Site) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from pyro_iwae.plates import Site
 
-__all__ = ["Drawn", "DrawnDensity", "Emitted", "settable"]
+__all__ = ["Drawn", "DrawnDensity", "Emitted", "innermost", "settable"]
 
 
 class Drawn(Delta):
@@ -61,7 +61,12 @@ class DrawnDensity(Unit):
 
 def settable(site: Site) -> bool:
     """Whether a latent's value is its own: a Delta follows from what comes before it and is better left to that."""
-    fn = site["fn"]
+    fn = innermost(site["fn"])
+    return isinstance(fn, Drawn) or not isinstance(fn, Delta)
+
+
+def innermost(fn: Any) -> Any:
+    """The distribution inside masks, events and transforms."""
     while hasattr(fn, "base_dist"):
         fn = fn.base_dist
-    return isinstance(fn, Drawn) or not isinstance(fn, Delta)
+    return fn

@@ -95,8 +95,9 @@ class ImportanceWeightedELBO(Grouped, ELBO):
             the gradient of all K, as one process would with the same particles. All make the same calls with the same
             data; random numbers differ by themselves. See ``docs/distributed``.
         chunk_size: at most so many particles in memory at once; None is all. Value and gradient are those of all K on
-            the same particles, in about 40 % more time. Where plates have particles of their own, those are counted that
-            lie inside one chunk of the ``num_particles``, which must be one at least. The guide runs once where its
+            the same particles, in about 40 % more time. Where plates have particles of their own, those are
+            counted that lie inside one chunk of the ``num_particles``, which must be one at least.
+            The guide runs once where its
             distributions depend on no draw, else once for each chunk. Under :class:`SampledBackward` the model runs in
             such chunks, and the guide's values are held for all K.
         score: estimator for the other guide sites, :class:`OVIS` or :class:`VIMCO`; None is :class:`OVIS`, which

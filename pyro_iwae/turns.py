@@ -20,6 +20,7 @@ from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
+from pyro_iwae.densities import is_discrete
 from pyro_iwae.distributed import Ranks, checksum, described, float_of, number_of
 from pyro_iwae.drawn import settable
 from pyro_iwae.handlers import Minibatch
@@ -45,15 +46,8 @@ class FirstNumbers(Messenger):
         missing = FIRST - len(self.found)
         if missing > 0 and not msg["is_observed"] and not site_is_subsample(msg) and settable(msg):
             value = msg["value"]
-            if isinstance(value, Tensor) and value.is_floating_point() and not _is_discrete(msg["fn"]):
+            if isinstance(value, Tensor) and value.is_floating_point() and not is_discrete(msg["fn"]):
                 self.found += value.detach().reshape(-1)[:missing].tolist()
-
-
-def _is_discrete(fn: Any) -> bool:
-    try:
-        return bool(getattr(fn.support, "is_discrete", False))
-    except (AttributeError, NotImplementedError):  # a distribution that does not say
-        return False
 
 
 @dataclass

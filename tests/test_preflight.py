@@ -242,3 +242,22 @@ def test_crossed_plates_and_what_is_weighed_jointly():
     assert not users.own_particles
     assert "latents ['u'] of plate 'users' are weighed jointly" in users.advice and "site 'x'" in users.advice
     assert users.advice in str(report)
+
+
+@pytest.mark.parametrize("relaxed", [True, False])
+def test_a_density_for_a_discrete_latent_is_told(relaxed):
+    """The values of a straight-through draw lie in the support, so that nothing else would say it."""
+
+    def model():
+        z = pyro.sample("z", dist.Bernoulli(0.3))
+        pyro.sample("x", dist.Normal(3.0 * z, 1.0), obs=torch.tensor(2.0))
+
+    def guide():
+        fn = dist.RelaxedBernoulliStraightThrough(torch.tensor(0.5), probs=torch.tensor(0.5))
+        pyro.sample("z", fn if relaxed else dist.Bernoulli(0.5))
+
+    found = [w for w in preflight(model, guide).warnings if "'z' is discrete in the model (Bernoulli)" in w]
+    assert len(found) == relaxed
+    if relaxed:
+        with pytest.warns(UserWarning, match="RelaxedBernoulliStraightThrough.*bounds nothing.*score-function"):
+            ImportanceWeightedELBO(num_particles=4).loss(model, guide)
