@@ -162,7 +162,7 @@ for first, second in (
 # %%
 # The isolation forest is ahead, and the one Gaussian about level with the autoencoders. The model trained with the ELBO
 # tells worse by its log evidence than by its ELBO, at many times the run time; that trained with the bound tells about
-# equally well by both. Splits and training runs matter beside the errors (``--seed 1``), and change little of that.
+# equally well by both. Errors hold nothing of the variation between splits and training runs (try ``--seed 1``).
 #
 # The gap says why. ELBO = log evidence - KL(guide || posterior): the encoder has met benign rows only, and on the
 # others it need not be near the posterior. That part of the ELBO's score comes from the guide and not from the model.

@@ -85,12 +85,12 @@ print(preflight(model, guide, counts, minibatches[0]))
 
 # %%
 # Particles of each row, on minibatches
-# -------------------------------------
-# The swap is the loss. ``num_particles=1`` leaves the global latent one particle, each row gets 16 of its own. Both
-# losses train on the same minibatches from three seeds; the learned model is judged by its exact log evidence, next
-# to the highest that any ``spread`` has. The gap between evidence and bound is kept for the next table: at the last
-# seed's parameters, with n particles of everything; of the rows alone, inside one of ``mu``; and √n of both. All
-# evaluate the density of every row n times.
+# ------------------------------------- The swap is the loss. ``num_particles=1`` leaves the global latent one
+# particle, each row gets 16 of its own. ``Trace_ELBO`` averages over 16 particles, so that its gradient is not the
+# noisier one by number alone. Both losses train on the same minibatches from three seeds; the learned model is judged
+# by its exact log evidence, next to the highest that any ``spread`` has. The gap between evidence and bound is kept
+# for the next table: at the last seed's parameters, with n particles of everything; of the rows alone, inside one of
+# ``mu``; and √n of both. All evaluate the density of every row n times.
 
 losses = {
     "Trace_ELBO": Trace_ELBO(num_particles=16, vectorize_particles=True, max_plate_nesting=1),
@@ -151,8 +151,7 @@ example.save(fig, "gap")
 # One weight gains little from each doubling of the particles, whichever loss the guide was trained with. Particles
 # of each row do better at the same number of evaluations, and with a guide that was trained with them about a nat
 # or less is left at 256. Such a guide is wider, as a proposal for each row should be; to one weight that is no gain.
-# How good a proposal ``Trace_ELBO`` leaves behind differs much from data to data (``--seed 1`` draws others, where it
-# is as good). More than one particle of ``mu`` gains nothing clear at equal cost: its guide is nearly right, and it
+# More than one particle of ``mu`` gains nothing clear at equal cost: its guide is nearly right, and it
 # is one number against 400.
 
 # %%

@@ -78,13 +78,13 @@ def kl_on_grid(groups):
     without = [groups[torch.arange(count) != i].logsumexp(0) for i in range(count)]
     log_q = torch.stack([groups.logsumexp(0), *without]).log_softmax(1)
     whole, *kls = (log_q.exp() * (log_q - log_p)).sum(1).tolist()
-    return whole, (count - 1) * torch.tensor(kls).std(unbiased=False).item() / (count - 1) ** 0.5
+    return whole, (count - 1) ** 0.5 * torch.tensor(kls).std(unbiased=False).item()
 
 
 side = torch.linspace(-8.0, 8.0, example.size(65, 33))
 grid, cell = torch.cartesian_prod(side, side), (side[1] - side[0]) ** 2
 log_target = target.log_prob(grid) + math.log(8)
-batches, ladder, densities, found = example.size(5100, 510), (1, 2, 5, 10, 20, 50, 100), {}, {}
+batches, ladder, densities, found = example.size(3060, 510), (1, 2, 5, 10, 20, 50, 100), {}, {}
 print("  K              L_K   ELBO[q_EW] at least        and at most   KL(q_EW || p)   integral of q_EW")
 for K in example.progress("particles", ladder):
     log_weights = blocks(model, guide, K, batches)
@@ -144,8 +144,8 @@ example.save(ax.figure, "one_dimension")
 # %%
 # Digits
 # ------
-# The paper's last figure: digits reconstructed from draws of q and of q_EW, K = 50, by the same VAE. It was trained with
-# the bound of 50 particles, which makes q wide on purpose: q is a proposal there, and q_EW what was trained.
+# The paper's last figure: digits reconstructed from draws of q and of q_EW, K = 50, by the same VAE. It was trained
+# with the bound of 50 particles, which makes q wide on purpose: q is a proposal there, and q_EW what was trained.
 
 levels, latents = 16, 20
 digits = torch.tensor(load_digits().data, dtype=torch.float)[torch.randperm(1797)]

@@ -298,12 +298,10 @@ for name, (model, guide_of, data, pyros, in_plates, formula) in models.items():
 # bounds themselves can be compared.
 #
 # The mixture's guide holds one of its two labellings, and the other adds log 2 to each figure: a mode that no
-# particle has found does not show. And its start matters more than its loss does here: from random starts, in four
-# runs that are not shown, ``TraceEnum_ELBO`` merged the components each time and the swap never did, though none of
-# these guides was trusted.
+# particle has found does not show.
 #
 # The last five models learn parameters, and the log evidence tells which loss found the better ones. The swap gains
-# about half a nat per digit for both VAEs, a few nats in all for the hidden Markov model and about one for the
+# about half a nat per digit for both VAEs, about two nats in all for the hidden Markov model and one for the
 # Gaussian process. Of the VAEs' digits and the hidden Markov series not all are trusted, so that the sizes of their
 # gains are rough. In factor analysis the gain is one of optimisation, and its size depends on the start: factors can
 # be turned until a guide without correlations is exact, so that the ELBO has the same best parameters as the
