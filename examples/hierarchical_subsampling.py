@@ -85,12 +85,13 @@ print(preflight(model, guide, counts, minibatches[0]))
 
 # %%
 # Particles of each row, on minibatches
-# ------------------------------------- The swap is the loss. ``num_particles=1`` leaves the global latent one
-# particle, each row gets 16 of its own. ``Trace_ELBO`` averages over 16 particles, so that its gradient is not the
-# noisier one by number alone. Both losses train on the same minibatches from three seeds; the learned model is judged
-# by its exact log evidence, next to the highest that any ``spread`` has. The gap between evidence and bound is kept
-# for the next table: at the last seed's parameters, with n particles of everything; of the rows alone, inside one of
-# ``mu``; and √n of both. All evaluate the density of every row n times.
+# -------------------------------------
+# The swap is the loss. ``num_particles=1`` leaves the global latent one particle, each row gets 16 of its own.
+# ``Trace_ELBO`` averages over 16 particles, so that its gradient is not the noisier one by number alone. Both losses
+# train on the same minibatches from three seeds; the learned model is judged by its exact log evidence, next to the
+# highest that any ``spread`` has. The gap between evidence and bound is kept for the next table: at the last seed's
+# parameters, with n particles of everything; of the rows alone, inside one of ``mu``; and √n of both. All evaluate
+# the density of every row n times.
 
 losses = {
     "Trace_ELBO": Trace_ELBO(num_particles=16, vectorize_particles=True, max_plate_nesting=1),

@@ -181,9 +181,9 @@ axes[1].legend()
 example.save(fig, "training")
 
 # %%
-# The black line is the model that drew the sites. Most of what particles gain in 200 steps is speed: three times as many
-# steps with ``Trace_ELBO`` have it, too, in about the same time. What larger K add to that is less, and is beyond the
-# error. The rest of the way to the line 100 sites do not tell.
+# The black line is the model that drew the sites. Most of what particles gain in 200 steps is speed: three times as
+# many steps with ``Trace_ELBO`` have it, too, in about the same time. What larger K add to that is less, and is
+# beyond the error. The rest of the way to the line 100 sites do not tell.
 #
 # Which one, then?
 # ----------------
