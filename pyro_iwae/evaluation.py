@@ -49,6 +49,18 @@ class Evaluation:
         facts: how it was drawn: ``num_particles``, ``ks``, and what tells model and guide from others.
         seed: of the run that made it, which a run that goes on goes on with.
         targets: what was asked for of each element, ``ess`` or ``std_error``.
+
+    Example::
+
+        >>> from pyro_iwae import evaluate
+        >>> from pyro_iwae.exact import Gaussian
+        >>> gaussian = Gaussian(data=torch.tensor([0.0, 1.0, -2.0]), offset=0.5)
+        >>> result = evaluate(gaussian.model, gaussian.guide, num_particles=500, progress=False)
+        >>> result.log_evidence.shape, result.plates, bool(result.trusted.all())
+        (torch.Size([3]), ('data',), True)
+        >>> low, high = result.interval(0.999)
+        >>> bool(((low < gaussian.log_evidence) & (gaussian.log_evidence < high)).all())
+        True
     """
 
     parts: tuple[Part, ...]

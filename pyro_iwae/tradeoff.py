@@ -73,6 +73,16 @@ class Tradeoff:
         evaluation: bounds and log evidence, all from the same particles.
         costs: of a step, by K.
         gradient: the estimator of which the steps were.
+
+    Example::
+
+        >>> from pyro_iwae.exact import Gamma
+        >>> gamma = Gamma(shape=1.0)
+        >>> found = tradeoff(gamma.model, gamma.guide, ks=[1, 4, 16], num_replicates=400, progress=False)
+        >>> found.ks, found.bounds[1].value < found.bounds[16].value
+        ((1, 4, 16), tensor(True))
+        >>> found.recommend(worth=0.3).num_particles  # a doubling gains 0.22 nats from 1 to 4
+        1
     """
 
     evaluation: Evaluation
