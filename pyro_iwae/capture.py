@@ -88,7 +88,8 @@ class Graph:
             reason = next((line for line in str(error).splitlines() if line.strip()), "")
             warnings.warn(
                 f"the step was recorded and not compiled, because of {type(error).__name__}: {reason}. It runs as a "
-                "graph of single operations, which is right and slower. Is there a C++ compiler (g++ or clang++)?",
+                "graph of single operations, which is right and slower. Is there a C++ compiler (g++ or "
+                "clang++), and is torch installed under a path without spaces?",
                 UserWarning,
                 stacklevel=2,
             )
