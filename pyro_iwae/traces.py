@@ -240,8 +240,9 @@ def require_match(pair: Pair) -> None:
         if infer.get("enumerate") != "parallel":
             raise ValueError(
                 f"latent site '{name}' of the model is absent from the guide; sample it in the guide, observe it (was "
-                "the model called without its data?), or, if it is discrete, mark it infer={'enumerate': 'parallel'} "
-                "to have it summed out"
+                "the model called without its data? Weights need them; to predict, draw with them first: Predictive("
+                "model, posterior_samples=posterior.sample(1000, x, y))(x_new)), or, if it is discrete, mark it "
+                "infer={'enumerate': 'parallel'} to have it summed out"
             )
     summed_out = [wanted[name]["infer"].get("_enumerate_dim") for name in wanted.keys() - drawn.keys()]
     if is_validation_enabled() and None not in summed_out:  # Pyro would miss sites that are not enumerated yet

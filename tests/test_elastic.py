@@ -13,7 +13,6 @@ import pytest
 import torch
 
 from tests.interrupted import EVERY, STEPS
-from tests.statistics import NIGHTLY
 
 ROOT = Path(__file__).parents[1]
 
@@ -38,7 +37,8 @@ def unbroken(tmp_path_factory):
     return ended(tmp_path_factory.mktemp("runs") / "unbroken")
 
 
-@pytest.mark.parametrize("attempt", range(3 if NIGHTLY else 1))
+@pytest.mark.nightly
+@pytest.mark.parametrize("attempt", range(3))
 def test_a_killed_run_goes_on(unbroken, tmp_path, attempt):
     """Killed at a random step, in a random process; parameters and random numbers are the same, bit for bit."""
     chance = random.Random(torch.initial_seed() + attempt)

@@ -158,6 +158,7 @@ def test_nothing_is_left_behind():
     assert found.costs[1].bytes < found.costs[8].bytes
 
 
+@pytest.mark.nightly
 def test_compiled_steps():
     def guide():
         pyro.sample("z", dist.Gamma(pyro.param("shape", torch.tensor(1.0)), 1.0))
