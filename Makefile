@@ -11,6 +11,8 @@ examples_installed := $(or $(wildcard .venv/installed-all),.venv/installed-examp
 all_installed := .venv/installed-all
 bench_installed := .venv/installed-bench
 
+SEED ?= $(shell date +%s)
+
 # In this order: the last reads what the others have written.
 peers := benchmarks/steps.py benchmarks/chunks.py benchmarks/growth.py benchmarks/precision.py benchmarks/asked.py
 every := $(filter-out $(peers),$(wildcard benchmarks/*.py)) $(peers)
@@ -28,8 +30,9 @@ test: lint  ## install everything; lint, tests (shapes checked, doctests include
 	OMP_NUM_THREADS=1 MPLBACKEND=Agg $(python) -m pytest -n 2 --dist worksteal
 	$(MAKE) docs
 
-nightly: $(all_installed)  ## every test, the slow ones too, and more random models
-	OMP_NUM_THREADS=1 MPLBACKEND=Agg HYPOTHESIS_PROFILE=nightly $(python) -m pytest -n 2 --dist worksteal -m ""
+nightly: $(all_installed)  ## every test, the slow ones too, and 20,000 random models; SEED=... repeats them
+	OMP_NUM_THREADS=1 MPLBACKEND=Agg HYPOTHESIS_PROFILE=nightly $(python) -m pytest -n 2 --dist worksteal -m "" \
+		--hypothesis-seed=$(SEED)
 
 docs: $(all_installed)  ## run the tutorials and examples, build the documentation into docs/_build/html, check its links
 	rm -f docs/gallery/*.md5  # of scripts that ran: what they run may have changed

@@ -26,9 +26,10 @@ from pyro_iwae.handlers import Minibatch
 from pyro_iwae.logweights import LogWeights
 from pyro_iwae.particles import Call
 from pyro_iwae.parts import UNBIASED, UPPER, Drawn, Probe
-from pyro_iwae.plates import Site, latent_sites
+from pyro_iwae.plates import Site, latent_sites, own_scale, plate_scale, same_scale
 from pyro_iwae.sharing import Sharing
 from pyro_iwae.state import module_behind, seeded
+from pyro_iwae.terms import is_zero
 from pyro_iwae.turns import Turn
 from pyro_iwae.weighing import Particles, weigh_particles
 
@@ -146,7 +147,8 @@ class Source:
         if self.exact is not None:
             whole = torch.logaddexp(self.exact, log_weights[1:].logsumexp(0))
             further[UPPER] = whole - math.log(self.num_particles)
-        constant /= 1.0 if common is None else float(common)
+        if weights.constant and common is not None:
+            constant /= float(common)
         return Drawn(log_weights, weights.plates, constant, further, self.probe)
 
     def _weigh(self, count: int) -> LogWeights:
@@ -204,9 +206,13 @@ def _probe(particles: Particles) -> Probe:
 
 def _require_evidence(first: Particles) -> None:
     weights = first.weights
-    if weights.tempered:
+    sites = [(name, s) for _, name, s in first.pairs[0].sites() if not is_zero(s)]
+    apart = [name for name, s in sites if not same_scale(own_scale(s), own_scale(sites[0][1]))]
+    uneven = isinstance(first.common, Tensor) and first.common.numel() > 1 and bool(weights.constant)
+    if weights.tempered or apart or uneven:
+        names = f" (site '{apart[0]}' has another than '{sites[0][0]}')" if apart else ""
         raise ValueError(
-            "evaluate got weights tempered by a poutine.scale around some sites of model or guide; they are no "
+            f"evaluate got weights tempered by a poutine.scale around some sites of model or guide{names}; they are no "
             "evidence. Take the scale away, or put it around model and guide alike"
         )
     for node in weights.nodes():
@@ -216,11 +222,12 @@ def _require_evidence(first: Particles) -> None:
                 f"evaluate got plate '{name}' subsampled below latents that all its elements share: a part of the data "
                 "has another posterior, and no evidence for the whole. Pass all data"
             )
-    if first.layout.scale != 1.0 and any(weights.constant):
-        raise NotImplementedError(
-            f"evaluate got terms that no latent reaches in some of the plates {list(weights.plates)} alone, of which "
-            "one is subsampled; pass all data"
-        )
+    for name, site in sites:
+        shown_in_part = any(plate_scale(f) != 1.0 for f in site["cond_indep_stack"])
+        if first.layout.element(site) is None and shown_in_part:
+            raise NotImplementedError(
+                f"evaluate got site '{name}', which no latent reaches, where a plate is subsampled; pass all data"
+            )
 
 
 def _require_density(first: Particles, again: Particles) -> None:

@@ -10,7 +10,7 @@ element that kept its own latents mixes the elements. Particles themselves are e
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
 from pyro.distributions.util import scale_and_mask
@@ -29,7 +29,10 @@ __all__ = [
     "roughly_close",
     "separating_rounds",
     "site_values",
+    "subsets",
 ]
+
+SUBSETS = 8
 
 
 def separating_rounds(num_particles: int, sizes: Sequence[int]) -> Tensor:
@@ -58,17 +61,45 @@ def cross_elements(value: Tensor, moved: Tensor, others: Tensor | None = None) -
 
 def other_values(value: Tensor, site: Site) -> Tensor:
     """Values to move to: another particle's, or, of few possible ones, the next possible one, which always differs."""
-    fn = site["fn"]
-    if not getattr(fn, "has_enumerate_support", False) or fn.event_dim > 0:
+    if not is_enumerable(site):
         return value.roll(-1, 0)
     try:
-        support = fn.enumerate_support(expand=False).flatten()
+        support = site["fn"].enumerate_support(expand=False).flatten()
     except NotImplementedError:  # it differs from element to element, as a Binomial's of several total counts
         return value.roll(-1, 0)
     if support.numel() < 2:
         return value.roll(-1, 0)
     position = (value.unsqueeze(-1) == support).to(torch.uint8).argmax(-1)
     return support[(position + 1) % support.numel()].to(value)
+
+
+def is_enumerable(site: Site) -> bool:
+    """Whether :func:`other_values` moves the site's entries to their next possible values."""
+    return bool(getattr(site["fn"], "has_enumerate_support", False)) and site["fn"].event_dim == 0
+
+
+def subsets(
+    values: Mapping[str, Tensor], others: Mapping[str, Tensor], latents: Mapping[str, Site], elements: int
+) -> Iterator[dict[str, Tensor]]:
+    """What elements are moved to, time after time: all entries; then, of few possible ones, some at random.
+
+    Two coins that are both turned have the same sum and the same parity, so that a site which follows those would stay
+    as it is. With ``SUBSETS`` random subsets in each particle that is all but impossible.
+
+    Args:
+        values: the particles' latents, ``(particles, *site shape)``.
+        others: what they are moved to.
+        latents: their sites.
+        elements: of how many the particle is made, each moved as a whole.
+    """
+    yield dict(others)
+    few = [n for n in others if is_enumerable(latents[n])]
+    if sum(values[n][0].numel() for n in few) <= elements:
+        return  # one entry in each
+    generator = torch.Generator().manual_seed(0)  # of its own: model and guide see the random numbers that they would
+    for _ in range(SUBSETS):
+        turned = {n: torch.rand(values[n].shape, generator=generator, device="cpu") < 0.5 for n in few}
+        yield {**others, **{n: torch.where(t.to(values[n].device), others[n], values[n]) for n, t in turned.items()}}
 
 
 def site_values(pairs: Sequence[Pair], particle_dim: int | None) -> dict[tuple[str, str], Tensor]:

@@ -214,12 +214,13 @@ class _Inspection:
         kept: tuple[IndependentPlate, ...] = ()
         mixed = {}
         for plate in layout.plates:
-            fault, _ = self.trial.mixing_fault(pairs, layout.keeping((*kept, plate)), run)
+            fault, told = self.trial.mixing_fault(pairs, layout.keeping((*kept, plate)), run)
+            conclusive &= told
             if fault is None:
                 kept = (*kept, plate)
             else:
                 mixed[plate.name] = fault[1]
-        return frozenset(plate_key(p) for p in kept), mixed, True
+        return frozenset(plate_key(p) for p in kept), mixed, conclusive
 
     # The plate tree: a site that follows the particles of a plate shows it in a vectorised run, whatever its numbers.
 

@@ -9,6 +9,7 @@ that kept its own latents mixes the elements. Particles themselves are elements 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -17,7 +18,15 @@ import pyro
 import torch
 from torch import Tensor
 
-from pyro_iwae.crossing import close, cross_elements, first_mixed, other_values, separating_rounds, site_values
+from pyro_iwae.crossing import (
+    close,
+    cross_elements,
+    first_mixed,
+    other_values,
+    separating_rounds,
+    site_values,
+    subsets,
+)
 from pyro_iwae.drawn import Drawn, settable
 from pyro_iwae.handlers import Minibatch
 from pyro_iwae.particles import Call, Run, run_particles, spread_value, stacked_latents
@@ -90,29 +99,35 @@ class Trial:
         seed = get_random_state()
         before = self.replay(pairs, values, run, count)
         _require_finite(before, finite)
-        for moved in separating_rounds(count, [p.size for p in layout.plates]):
-            crossed = {
-                n: cross_elements(values[n], layout.align(moved, latents[n], values[n]), o) for n, o in others.items()
-            }
-            unmoved -= {n for n in unmoved if bool((crossed[n] != values[n]).any())}
-            set_random_state(seed)
-            after = self.replay(pairs, {**values, **crossed}, run, count)
-            fault = first_mixed(before, after, sites, moved, layout)
-            if fault is not None:
-                return fault, True
+        sizes = [p.size for p in layout.plates]
+        for chosen in subsets(values, others, latents, math.prod(sizes)):
+            for moved in separating_rounds(count, sizes):
+                crossed = {
+                    n: cross_elements(values[n], layout.align(moved, latents[n], values[n]), o)
+                    for n, o in chosen.items()
+                }
+                unmoved -= {n for n in unmoved if bool((crossed[n] != values[n]).any())}
+                set_random_state(seed)
+                after = self.replay(pairs, {**values, **crossed}, run, count)
+                fault = first_mixed(before, after, sites, moved, layout)
+                if fault is not None:
+                    return fault, True
         return None, not unmoved
 
     def _changed(self, pairs: list[Pair], run: Run, names: Collection[str], finite: bool) -> set[tuple[str, str]]:
-        values, others, _ = self._values_and_others(pairs, run, names)
+        values, others, latents = self._values_and_others(pairs, run, names)
         count, seed = self._count(pairs, run), get_random_state()
         before, drawn = self._again(pairs, values, run, count)
         _require_finite(before, finite)
-        set_random_state(seed)
-        after, moved = self._again(pairs, {**values, **others}, run, count)
-        if before.keys() != after.keys() or drawn.keys() != moved.keys():
-            raise ValueError(CHANGING_SITES)
-        changed = {k for k in before if not close(before[k], after[k])}
-        return changed | {("guide", n) for n, v in drawn.items() if not close(v, moved[n])}
+        changed: set[tuple[str, str]] = set()
+        for chosen in subsets(values, others, latents, 1):
+            set_random_state(seed)
+            after, moved = self._again(pairs, {**values, **chosen}, run, count)
+            if before.keys() != after.keys() or drawn.keys() != moved.keys():
+                raise ValueError(CHANGING_SITES)
+            changed |= {k for k in before if not close(before[k], after[k])}
+            changed |= {("guide", n) for n, v in drawn.items() if not close(v, moved[n])}
+        return changed
 
     def _values_and_others(
         self, pairs: list[Pair], run: Run, names: Collection[str] | None

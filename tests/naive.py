@@ -37,6 +37,13 @@ class Reference:
     surrogate: torch.Tensor  # its gradient is that of the loss
     bound: torch.Tensor  # by independent element: sequential plates first, then vectorised ones from left to right
     plates: list
+    log_w: torch.Tensor  # (particles, elements), with their graph
+    elements: list  # by plate, where each is
+    scale: float  # of the sum over elements
+    constant: torch.Tensor
+    has_score: bool  # whether any of the weights' sites needs a score-function gradient
+    own_scales: set  # of sites, beside their plates'
+    shown_constants: set  # subsampled plates around what no latent reaches
 
 
 def particles_of(program, tape, num_particles):
@@ -122,7 +129,7 @@ def reference(program, tape, num_particles, gradient="pathwise", control="mean")
     if gradient == "pathwise":
         surrogate = (share * log_w).sum(0)
     else:
-        leaves = [{n: v.detach().clone().requires_grad_() for n, v in values.items()} for values in particles]
+        leaves = [{n: leaf(v) for n, v in values.items()} for values in particles]
         deltas = [label for n in program.joint for label in labels(program, program.site[n])]
         cut = [{n: v for n, v in values.items() if n not in deltas} for values in leaves]
         at_leaves = [terms(program, values, indices) for values in cut]
@@ -147,7 +154,7 @@ def reference(program, tape, num_particles, gradient="pathwise", control="mean")
         surrogate = surrogate + through / len(elements)  # only the sum over elements is asked for
     tempering = {scale_of(t) for t in runs[0] if t.is_score and inside(t, order)}
     balance = 0.0 if control == "mean" else (tempering.pop() if len(tempering) == 1 else 1.0)
-    for k in range(num_particles):
+    for k in range(num_particles if num_particles > 1 else 0):
         others = torch.cat([log_w[:k], log_w[k + 1 :]]).detach().logsumexp(0)
         without = others - math.log(num_particles - 1) + balance * math.log1p(-1.0 / num_particles)
         surrogate = surrogate + (bound.detach() - without) * score[k]
@@ -162,7 +169,19 @@ def reference(program, tape, num_particles, gradient="pathwise", control="mean")
         surrogate=-(scale * surrogate.sum() + constant),
         bound=bound.detach().reshape([p.count for p in order]),
         plates=[p.name for p in order],
+        log_w=log_w,
+        elements=[dict(zip([p.name for p in order], e, strict=True)) for e in elements],
+        scale=scale,
+        constant=constant,
+        has_score=any(t.is_score for t in runs[0]),
+        own_scales={t.own_scale for t in runs[0]},
+        shown_constants={n for t in runs[0] if not inside(t, order) for n in t.plates if program.plate[n].shown},
     )
+
+
+def leaf(value):
+    value = value.detach().clone()
+    return value.requires_grad_() if value.is_floating_point() else value
 
 
 def derivatives(total, ends):

@@ -32,8 +32,8 @@ class PlateSpec:
 class SiteSpec:
     """A site of the model: where it lies, what it depends on, how it is distributed.
 
-    ``family``: normal, vector (two event entries), detached (a Gaussian without rsample), coin; observations may also
-    be a factor, or mixture (a coin summed out by enumeration above a Gaussian).
+    ``family``: normal, vector (two event entries), detached (a Gaussian without rsample), gamma, coin, levels (one of
+    three); observations may also be counts, a factor, or mixture (a coin summed out by enumeration above a Gaussian).
     """
 
     name: str
@@ -49,7 +49,8 @@ class Program:
     """Model and guide.
 
     ``joint`` latents are cut out of one auxiliary draw outside every plate; ``helped`` ones depend on an auxiliary
-    draw of their own inside ``helper_plates``. ``renamed``: the guide has its own names for the plates.
+    draw of their own inside ``helper_plates``. ``renamed``: the guide has its own names for the plates. ``strided``:
+    parameters and data are views with gaps.
     """
 
     plates: tuple[PlateSpec, ...]
@@ -60,6 +61,7 @@ class Program:
     renamed: bool = False
     scale: float = 1.0
     deterministic: bool = False
+    strided: bool = False
     seed: int = 0
     tape: list = field(default_factory=list, compare=False, repr=False)  # what the guide drew, call by call
 
@@ -117,9 +119,9 @@ class Program:
             found[spec.name] = pyro.param(f"p_{spec.name}", draw(*event))
             if spec in self.latents:
                 found[f"q_{spec.name}"] = pyro.param(f"q_{spec.name}", draw(*shape, *event))
-            coin = spec.family == "coin"
-            data = draw(*shape, *event)
-            found[f"x_{spec.name}"] = (data > 0).to(data) if coin else data
+            found[f"x_{spec.name}"] = possible(spec.family, draw(*shape, *event))
+        if self.strided:
+            found = {name: torch.stack([value, -value], -1)[..., 0] for name, value in found.items()}
         found["q_joint"] = pyro.param("q_joint", draw(2, self.joint_size()))
         return found
 
@@ -231,6 +233,12 @@ class Program:
     def _fn(self, family, mean, width=1.0):
         if family == "coin":
             return dist.Bernoulli(logits=mean)
+        if family == "levels":
+            return dist.Categorical(logits=torch.stack([0.0 * mean, mean, -0.5 * mean], -1))
+        if family == "gamma":
+            return dist.Gamma(0.5 + torch.nn.functional.softplus(mean), width)
+        if family == "counts":
+            return dist.Poisson(0.1 + torch.nn.functional.softplus(mean))
         if family == "vector":
             return dist.Normal(mean, width).to_event(1)
         return (NonreparameterizedNormal if family == "detached" else dist.Normal)(mean, width)
@@ -325,19 +333,32 @@ class Program:
             values.setdefault(spec.name, {})[self._key(element)] = value
 
 
+def possible(family, data):
+    """Data that the family allows."""
+    if family == "coin":
+        return (data > 0.0).to(data)
+    if family == "levels":
+        return (data > 0.0).long() + (data > 1.0).long()
+    if family == "gamma":
+        return data.abs() + 0.1
+    return data.abs().round() if family == "counts" else data
+
+
 # Random programs
 
 NAMES = "abc"
+LATENT = ("normal", "vector", "detached", "coin", "levels", "gamma")
+SEEN = ("normal", "vector", "coin", "levels", "gamma", "counts", "factor", "mixture")
 
 
 @st.composite
-def programs(draw, *, matched=False):
+def programs(draw, *, matched=False, latent_families=LATENT, smallest=2):
     """A random program; ``matched`` ones have the same plates in model and guide, as Pyro wants them."""
     kinds = draw(st.lists(st.sampled_from(["wide", "wide", "sequential"]), max_size=3))
     dims = iter(draw(st.sampled_from([[-1, -2, -3], [-2, -1, -3], [-3, -1, -2], [-1, -3, -2]])))
     plates = []
     for name, kind in zip(NAMES, kinds, strict=False):
-        size = draw(st.integers(2, 3))
+        size = draw(st.integers(smallest, 3))
         shown = 2 if size == 3 and draw(st.booleans()) else None
         plates.append(PlateSpec(name, size, next(dims) if kind == "wide" else None, shown))
     names = [p.name for p in plates]
@@ -365,13 +386,13 @@ def programs(draw, *, matched=False):
     inner = draw(st.integers(0, 3)) == 0
     latents = []
     for i in range(draw(st.sampled_from([0, 1, 1, 2, 2, 3]))):
-        new = spec(f"z{i}", [], ["normal", "vector", "detached", "coin"], inner)
+        new = spec(f"z{i}", [], latent_families, inner)
         fits = [p.name for p in latents if set(p.plates) <= set(new.plates)]
         parents = draw(st.lists(st.sampled_from(fits), unique=True)) if fits else []
         latents.append(replace(new, parents=tuple(parents)))
     observations = []
     for i in range(draw(st.integers(1, 3))):
-        new = spec(f"x{i}", [], ["normal", "vector", "coin", "factor", "mixture"], inner)
+        new = spec(f"x{i}", [], SEEN, inner)
         mixes = draw(st.integers(0, 4)) == 0
         fits = [p.name for p in latents if mixes or set(p.plates) <= set(new.plates)]
         parents = draw(st.lists(st.sampled_from(fits), unique=True)) if fits else []
@@ -399,6 +420,7 @@ def programs(draw, *, matched=False):
         renamed=renamed,
         scale=draw(st.sampled_from([1.0, 1.0, 1.0, 0.25])),
         deterministic=draw(st.booleans()),
+        strided=draw(st.booleans()),
         seed=draw(st.integers(0, 2**16)),
     )
     return program

@@ -151,6 +151,54 @@ def test_terms_of_no_row_are_found_out_early():
 # Weights that leave figures undefined, and large ones
 
 
+def scaled(inside, outside, shown=None):
+    """A Gaussian in each row, and an observation that no latent reaches; each with a scale of its own."""
+
+    def model():
+        with pyro.plate("data", 3), poutine.scale(scale=inside):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=torch.tensor([0.3, 1.0, -2.0]))
+        if outside is not None:
+            with pyro.plate("others", 2, subsample_size=shown), poutine.scale(scale=outside):
+                pyro.sample("y", dist.Normal(0.0, 1.0), obs=torch.tensor(0.7))
+
+    def guide():
+        with pyro.plate("data", 3), poutine.scale(scale=inside):
+            pyro.sample("z", dist.Normal(0.1, 0.8))
+
+    return model, guide
+
+
+@pytest.mark.parametrize(
+    "inside, outside", [(1.0, 0.5), (0.5, 1.0), (0.5, 0.7), (torch.tensor([0.5, 0.2, 0.9]), 1.0)], ids=repr
+)
+def test_a_scale_that_not_all_sites_have_is_refused(inside, outside):
+    """In the total the terms that no latent reaches would count too little, or too much."""
+    with pytest.raises(ValueError, match="tempered by a poutine.scale around some sites .*'y' has another than 'z'"):
+        quick(*scaled(inside, outside))
+
+
+def test_a_scale_that_all_sites_have_is_taken_off():
+    for scale in (0.5, 3.0):
+        pyro.set_rng_seed(2)
+        found = quick(*scaled(scale, scale))
+        pyro.set_rng_seed(2)
+        assert found.total.log_evidence == pytest.approx(quick(*scaled(1.0, 1.0)).total.log_evidence, rel=1e-5)
+
+
+def test_a_scale_by_element_is_taken_off():
+    found = []
+    for scale in (torch.tensor([0.5, 0.2, 0.9]), 1.0):
+        pyro.set_rng_seed(2)
+        found.append(quick(*scaled(scale, None)).log_evidence)
+    torch.testing.assert_close(*found)
+
+
+def test_what_no_latent_reaches_in_a_subsampled_plate_is_refused():
+    with pytest.raises(NotImplementedError, match="site 'y', which no latent reaches, where a plate is subsampled"):
+        quick(*scaled(1.0, 1.0, shown=1))
+
+
 def test_elements_that_are_impossible_at_times():
     def model(scale):
         with pyro.plate("data", 2):

@@ -415,6 +415,34 @@ def test_mixing_of_coins_in_sequential_particles(seed):
     assert ImportanceWeightedELBO(num_particles=3, vectorize_particles=False).log_weights(model, guide).plates == ()
 
 
+def coin(name):
+    return pyro.sample(name, dist.Bernoulli(torch.tensor(0.5)))
+
+
+def sum_outside(is_model):
+    """The outer plate has one element, which holds two coins."""
+    with pyro.plate("outer", 1, dim=-2), pyro.plate("inner", 2, dim=-1):
+        z = coin("z")
+    if is_model:
+        normal("x", z.sum((-1, -2), keepdim=True), obs=torch.tensor([[1.0]]))
+
+
+def parity_of_the_neighbour(is_model):
+    with pyro.plate("data", 3):
+        z, y = coin("z"), coin("y")
+        if is_model:
+            normal("x", (z - y).abs().roll(1, -1), obs=torch.ones(3))
+
+
+@pytest.mark.parametrize("vectorize", [None, False])
+@pytest.mark.parametrize("program", [sum_outside, parity_of_the_neighbour])
+def test_mixing_of_what_two_coins_have_in_common_is_found(program, vectorize):
+    """Both turned over have the same parity, and often the same sum."""
+    for _ in range(30):
+        elbo = ImportanceWeightedELBO(num_particles=2, vectorize_particles=vectorize)
+        assert elbo.log_weights(lambda: program(True), lambda: program(False)).plates == ()
+
+
 @pytest.mark.parametrize("vectorize", [None, False])
 def test_every_latent_must_have_differed_in_a_conclusive_check(vectorize, unchecked):
     """The one that mixes may be the same in all particles of a check while the other one differs."""
