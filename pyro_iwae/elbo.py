@@ -26,7 +26,7 @@ from pyro_iwae.distributed import Grouped
 from pyro_iwae.gradients import OVIS, Coefficients, PathGradient, Pathwise, SampledBackward, ScoreGradient
 from pyro_iwae.logweights import LogWeights
 from pyro_iwae.objectives import Objective
-from pyro_iwae.options import as_count, require_callables, require_options
+from pyro_iwae.options import as_count, require_callables, require_options, require_switch
 from pyro_iwae.particles import Call
 from pyro_iwae.plates import latent_sites, nesting
 from pyro_iwae.sharing import Sharing
@@ -170,6 +170,7 @@ class ImportanceWeightedELBO(Grouped, ELBO):
         _require_kind("objective", objective, Objective, "an objective such as Renyi(0.5) or MIWAE(8)")
         _require_kind("gradient", gradient, PathGradient, "an estimator such as Pathwise() or DoublyReparameterized()")
         _require_kind("score", score, ScoreGradient, "an estimator such as OVIS() or VIMCO()")
+        require_switch("compile", compile)
         PlateParticles.of(plate_particles, num_particles=1, combine=combine)
         self.vectorize_particles = vectorize_particles
         self.plate_particles = plate_particles

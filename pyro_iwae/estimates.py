@@ -90,6 +90,8 @@ class Estimate:
 
     def width(self, level: float = 0.95) -> Tensor:
         """Half the width of that interval."""
+        if not 0.0 < level < 1.0:
+            raise ValueError(f"expected level between 0 and 1, as in 0.95, got {level}")
         quantiles = {int(n): student_quantile(0.5 + level / 2.0, int(n) - 1) for n in self.count.unique()}
         width = torch.zeros_like(self.value)
         for count, quantile in quantiles.items():

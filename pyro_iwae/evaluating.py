@@ -21,9 +21,17 @@ from torch import Tensor
 from tqdm import tqdm
 
 from pyro_iwae.batches import Source, fingerprint
+from pyro_iwae.chunks import require_chunk_size
 from pyro_iwae.distributed import Ranks, by_first, in_all
 from pyro_iwae.evaluation import Evaluation, require_constant
-from pyro_iwae.options import as_count, require_callables, require_options
+from pyro_iwae.options import (
+    as_count,
+    as_number,
+    require_callables,
+    require_draws,
+    require_options,
+    require_switch,
+)
 from pyro_iwae.particles import Call
 from pyro_iwae.parts import Part, figures
 from pyro_iwae.state import seeded, unchanged_state
@@ -130,6 +138,16 @@ def evaluate(
     num_particles = as_count("num_particles", num_particles)
     num_replicates = as_count("num_replicates", num_replicates, least=2)
     most = MOST * num_replicates if max_replicates is None else as_count("max_replicates", max_replicates)
+    require_chunk_size(chunk_size)
+    require_switch("progress", progress)
+    if posterior_draw is not None:
+        require_draws("posterior_draw", posterior_draw)
+    if not as_number("save_every", save_every) >= 0.0:
+        raise ValueError(f"expected save_every >= 0 seconds, got {save_every}")
+    if save_to is not None and not os.path.isdir(os.path.dirname(os.path.abspath(os.fspath(save_to)))):
+        raise FileNotFoundError(f"expected save_to in a folder that is there, got {os.fspath(save_to)!r}")
+    if data is None and (unpack is not None or row_plate is not None):
+        raise ValueError("expected data= for unpack and row_plate, which say what to make of its batches, got none")
     if data is not None and posterior_draw is not None:
         raise ValueError(
             "expected posterior_draw for data that come as arguments; evaluate batches one by one, and add the results"
@@ -254,6 +272,8 @@ def _ladder(ks: Sequence[int] | None, num_particles: int) -> list[int]:
     if ks is None:
         tens = (10**i for i in range(len(str(num_particles))))
         ks = [d * ten for ten in tens for d in (1, 2, 5) if 2 * d * ten <= num_particles]
+    if not isinstance(ks, Iterable) or isinstance(ks, str):
+        raise TypeError(f"expected ks to be several numbers of particles, as in [1, 10, 100], got {ks!r}")
     for k in ks:
         as_count("ks", k)
     if max(ks, default=1) > num_particles:
@@ -262,7 +282,8 @@ def _ladder(ks: Sequence[int] | None, num_particles: int) -> list[int]:
 
 
 def _targets(ess: float | None, std_error: float | None) -> dict[str, float]:
-    found = {n: float(v) for n, v in (("ess", ess), ("std_error", std_error)) if v is not None}
+    given = (("ess", ess), ("std_error", std_error))
+    found = {n: as_number(f"target_{n}", v) for n, v in given if v is not None}
     for name, value in found.items():
         if not value > 0.0:
             raise ValueError(f"expected target_{name} > 0, got {value}")

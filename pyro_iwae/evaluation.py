@@ -23,6 +23,7 @@ from pyro_iwae.archive import read, write
 from pyro_iwae.diagnostics import khat_threshold
 from pyro_iwae.distributed import Ranks
 from pyro_iwae.estimates import Estimate
+from pyro_iwae.options import as_count
 from pyro_iwae.parts import DISTINCT, UNBIASED, UPPER, Part, Probe, bound_name, jackknife_name
 
 if TYPE_CHECKING:
@@ -191,6 +192,7 @@ class Evaluation:
 
     def worst(self, count: int = 5) -> list[tuple[tuple[int, ...], float, float]]:
         """The elements whose figures are to be trusted least: index, khat and ESS, by khat and then ESS."""
+        count = as_count("count", count)
         khat, ess = self.khat.flatten().tolist(), self.ess.flatten().tolist()
         order = sorted(range(len(khat)), key=lambda i: (-khat[i], ess[i]))[:count]
         shape = self.khat.shape

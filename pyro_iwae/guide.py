@@ -30,7 +30,7 @@ from pyro_iwae.expectation import WeightedMean
 from pyro_iwae.given import weigh_at
 from pyro_iwae.handlers import Minibatch, ParticlePlate, enclosing_frames
 from pyro_iwae.logweights import LogWeights
-from pyro_iwae.options import as_count, require_callables, require_options
+from pyro_iwae.options import as_count, require_callables, require_draws, require_options
 from pyro_iwae.owning import Owning
 from pyro_iwae.particles import Call
 from pyro_iwae.plates import Layout
@@ -351,6 +351,8 @@ class ImportanceResampledGuide(Grouped, Owning):
         Raises:
             ValueError: where fn loses the particles' dimension, or mixes elements of independent plates.
         """
+        if not callable(fn):
+            raise TypeError(f"expected fn to be a function of the draws, as in lambda z: z['theta'], got {fn!r}")
         call, num_batches = self._call(args, kwargs), as_count("num_batches", num_batches)
         total: Tensor | float = 0.0
         with self._apart(), self._together(call, "expectation") as sharing:
@@ -398,6 +400,7 @@ class ImportanceResampledGuide(Grouped, Owning):
             NotImplementedError: where the guide's density at given values is not known.
         """
         num_batches = as_count("num_batches", num_batches)
+        require_draws("draws", draws)
         call = self._call(args, kwargs)
         with self._apart(), self._together(call, "log_density") as sharing:
             at, log_p, weigh = self._at(call, dict(draws), None if sharing is None else sharing.turn.minibatch)

@@ -7,9 +7,12 @@ from __future__ import annotations
 
 import math
 import operator
+from collections.abc import Mapping
 from typing import Any
 
-__all__ = ["as_count", "require_callables", "require_options"]
+from torch import Tensor
+
+__all__ = ["as_count", "as_number", "require_callables", "require_draws", "require_options", "require_switch"]
 
 
 def as_count(name: str, value: Any, *, least: int = 1) -> int:
@@ -25,6 +28,34 @@ def as_count(name: str, value: Any, *, least: int = 1) -> int:
     if count < least:
         raise ValueError(f"expected {name} >= {least}, got {count}")
     return count
+
+
+def as_number(name: str, value: Any) -> float:
+    """A number; raises TypeError with the option's name."""
+    try:
+        if isinstance(value, bool | str):
+            raise TypeError
+        return float(value)
+    except (TypeError, ValueError, RuntimeError):
+        raise TypeError(f"expected {name} to be a number, got {value!r}") from None
+
+
+def require_switch(name: str, value: Any) -> None:
+    """Raises TypeError where an option is neither True nor False."""
+    if not isinstance(value, bool):
+        raise TypeError(f"expected {name} to be True or False, got {value!r}")
+
+
+def require_draws(name: str, draws: Any) -> None:
+    """Raises where an argument is no dict of tensors by the names of latents."""
+    if not isinstance(draws, Mapping) or not all(isinstance(v, Tensor) for v in draws.values()):
+        found = {k: type(v).__name__ for k, v in draws.items()} if isinstance(draws, Mapping) else type(draws).__name__
+        raise TypeError(f"expected {name} to be a dict of tensors by the names of the model's latents, got {found}")
+    if not draws:
+        raise ValueError(f"expected {name} to hold the model's latents, got none")
+    for site, value in draws.items():
+        if value.is_floating_point() and bool(value.isnan().any()):
+            raise ValueError(f"expected {name} to be possible values, got NaN at site '{site}'")
 
 
 def require_options(vectorize_particles: Any, max_plate_nesting: Any) -> None:

@@ -18,6 +18,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from pyro_iwae.objectives.objective import Objective
+from pyro_iwae.options import as_number
 from pyro_iwae.totals import Gather, LogMean, Mean, Totals
 
 __all__ = ["CIWAE"]
@@ -48,7 +49,7 @@ class CIWAE(Objective):
     reference = "Rainforth et al. 2018, arXiv 1802.04537"
 
     def __post_init__(self) -> None:
-        if not 0.0 <= self.beta <= 1.0:
+        if not 0.0 <= as_number("beta", self.beta) <= 1.0:
             raise ValueError(f"expected beta between 0 (the bound) and 1 (the ELBO), got {self.beta}")
 
     def totals(self, log_weights: Float[Tensor, "particles *plates"]) -> Totals:

@@ -19,6 +19,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from pyro_iwae.objectives.objective import Objective
+from pyro_iwae.options import as_number
 from pyro_iwae.totals import LogMean, Mean, Totals
 
 __all__ = ["Renyi"]
@@ -48,7 +49,7 @@ class Renyi(Objective):
     reference = "Li & Turner 2016, arXiv 1602.02311"
 
     def __post_init__(self) -> None:
-        power = 1.0 - self.alpha
+        power = 1.0 - as_number("alpha", self.alpha)
         if not math.isfinite(power) or 0.0 < abs(power) < 1e-3:
             raise ValueError(
                 f"expected alpha to be a finite number, 1 or at least 0.001 away from it, got {self.alpha}; "

@@ -24,6 +24,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from pyro_iwae.objectives.objective import Objective
+from pyro_iwae.options import as_number
 from pyro_iwae.totals import Gather, LogMean, Totals
 
 __all__ = ["TVO"]
@@ -54,7 +55,9 @@ class TVO(Objective):
     reference = "Masrani, Le, Wood 2019, arXiv 1907.00031"
 
     def __post_init__(self) -> None:
-        betas = tuple(float(b) for b in self.betas)
+        if not isinstance(self.betas, Iterable) or isinstance(self.betas, str):
+            raise TypeError(f"expected betas to be several numbers, as in (0.0, 0.5), got {self.betas!r}")
+        betas = tuple(as_number("betas", b) for b in self.betas)
         if not betas or betas[0] != 0.0 or not all(a < b for a, b in pairwise((*betas, 1.0))):
             raise ValueError(f"expected betas that rise from 0 and stay below 1, got {tuple(self.betas)}")
         object.__setattr__(self, "betas", betas)

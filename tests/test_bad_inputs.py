@@ -1,0 +1,240 @@
+# Copyright Contributors to the pyro_iwae project.
+# SPDX-License-Identifier: Apache-2.0
+
+"""A table of wrong arguments of every public function: what is said of each, and that nothing is left behind.
+
+Models and guides that do not fit, and numbers that are none, are in ``test_errors``.
+"""
+
+import math
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from pyro.infer import Trace_ELBO
+from pyro.poutine.runtime import _DIM_ALLOCATOR, _PYRO_STACK
+from pyro.util import get_rng_state
+
+from pyro_iwae import (
+    CIWAE,
+    MIWAE,
+    PIWAE,
+    TVO,
+    Checkpoint,
+    CompiledSVI,
+    Evaluation,
+    ImportanceResampledGuide,
+    ImportanceWeightedELBO,
+    Monitor,
+    Renyi,
+    SampledBackward,
+    citation,
+    evaluate,
+    gradient_snr,
+    preflight,
+    to_inference_data,
+    tradeoff,
+)
+from tests.conftest import host_state
+
+pytestmark = pytest.mark.usefixtures("unchecked")
+DATA = torch.tensor([0.5, -1.0, 2.0])
+
+
+def model(x=DATA):
+    theta = pyro.param("theta", torch.tensor(0.3))
+    with pyro.plate("data", len(x)):
+        z = pyro.sample("z", dist.Normal(theta, 1.0))
+        pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+
+def guide(x=DATA):
+    phi = pyro.param("phi", torch.tensor(0.1))
+    with pyro.plate("data", len(x)):
+        pyro.sample("z", dist.Normal(phi + x / 2.0, 1.0))
+
+
+def elbo(**options):
+    return ImportanceWeightedELBO(**{"num_particles": 3, **options})
+
+
+def posterior(**options):
+    return ImportanceResampledGuide(model, guide, **{"num_particles": 3, **options})
+
+
+def evaluated(**options):
+    settings = {"num_particles": 4, "num_replicates": 2, "progress": False}
+    return evaluate(model, guide, **{**settings, **options})
+
+
+def compared(**options):
+    return tradeoff(model, guide, **{"ks": [1, 2], "progress": False, **options})
+
+
+def compiled(**options):
+    return CompiledSVI(
+        **{"model": model, "guide": guide, "optim": pyro.optim.Adam({"lr": 0.1}), "loss": elbo(), **options}
+    )
+
+
+WHOLE, CALLABLE = "to be a whole number, got ", "to be callable"
+NOT_CALLED = [
+    # ELBO
+    ("K below one", lambda: elbo(num_particles=0), ValueError, "num_particles >= 1, got 0"),
+    ("K is NaN", lambda: elbo(num_particles=math.nan), TypeError, f"num_particles {WHOLE}nan"),
+    ("K is text", lambda: elbo(num_particles="3"), TypeError, f"num_particles {WHOLE}'3'"),
+    ("K is a switch", lambda: elbo(num_particles=True), TypeError, f"num_particles {WHOLE}True"),
+    ("chunk of none", lambda: elbo(chunk_size=0), ValueError, "chunk_size >= 1, got 0"),
+    ("chunk is a fraction", lambda: elbo(chunk_size=2.5), TypeError, f"chunk_size {WHOLE}2.5"),
+    (
+        "chunks and combine",
+        lambda: elbo(chunk_size=2, plate_particles="auto", combine=True),
+        NotImplementedError,
+        "combine=False, or leave",
+    ),
+    ("chunks and compile", lambda: elbo(chunk_size=2, compile=True), ValueError, "write compile=False"),
+    ("plates by a number", lambda: elbo(plate_particles=3), TypeError, r"as in {'data': 64}, or 'auto', got 3"),
+    ("plates by a word", lambda: elbo(plate_particles="all"), TypeError, "or 'auto', got 'all'"),
+    ("plates by numbers", lambda: elbo(plate_particles={3: 2}), TypeError, r"got {3: 2}"),
+    ("a plate's K", lambda: elbo(plate_particles={"data": 0}), ValueError, r"plate_particles\['data'\] >= 1, got 0"),
+    ("a plate's half K", lambda: elbo(plate_particles={"data": 2.5}), TypeError, rf"\['data'\] {WHOLE}2.5"),
+    ("objective", lambda: elbo(objective="renyi"), TypeError, r"objective such as Renyi\(0.5\).*got 'renyi'"),
+    ("objective's class", lambda: elbo(objective=MIWAE), TypeError, "expected objective to be an objective such as"),
+    ("gradient", lambda: elbo(gradient="dreg"), TypeError, r"such as Pathwise\(\).*got 'dreg'"),
+    ("score", lambda: elbo(score="vimco"), TypeError, r"such as OVIS\(\).*got 'vimco'"),
+    ("combine", lambda: elbo(combine="yes"), TypeError, "combine to be True or False, got 'yes'"),
+    ("compile", lambda: elbo(compile="yes"), TypeError, "compile to be True or False, got 'yes'"),
+    ("vectorize", lambda: elbo(vectorize_particles=2), TypeError, "None, True or False, got 2"),
+    ("nesting", lambda: elbo(max_plate_nesting=-1), ValueError, "max_plate_nesting >= 0, got -1"),
+    ("a group without torchrun", lambda: elbo(process_group="w"), ValueError, "init_process_group"),
+    ("an option of no such name", lambda: elbo(particles=3), TypeError, "unexpected keyword argument 'particles'"),
+    ("draws below chunk", lambda: elbo(gradient=SampledBackward(draws=3), chunk_size=2), ValueError, "chunk_size >= 3"),
+    # Objectives and gradients
+    ("no group", lambda: MIWAE(0), ValueError, "groups >= 1, got 0"),
+    ("groups", lambda: PIWAE("a"), TypeError, f"groups {WHOLE}'a'"),
+    ("beta above one", lambda: CIWAE(2.0), ValueError, r"between 0 \(the bound\) and 1 \(the ELBO\), got 2.0"),
+    ("beta", lambda: CIWAE("a"), TypeError, "beta to be a number, got 'a'"),
+    ("beta is NaN", lambda: CIWAE(math.nan), ValueError, "expected beta between"),
+    ("betas", lambda: TVO(0.5), TypeError, r"betas to be several numbers, as in \(0.0, 0.5\), got 0.5"),
+    ("no betas", lambda: TVO(()), ValueError, r"rise from 0 and stay below 1, got \(\)"),
+    ("betas that fall", lambda: TVO((0.0, 0.5, 0.2)), ValueError, "expected betas that rise"),
+    ("betas of text", lambda: TVO(("a",)), TypeError, "betas to be a number, got 'a'"),
+    ("alpha", lambda: Renyi("a"), TypeError, "alpha to be a number, got 'a'"),
+    ("infinite alpha", lambda: Renyi(math.inf), ValueError, "finite number.*got inf"),
+    ("draws", lambda: SampledBackward(draws=0), ValueError, "draws >= 1, got 0"),
+    # Guide
+    ("guide's K", lambda: posterior(num_particles=0), ValueError, "num_particles >= 1, got 0"),
+    ("guide's model", lambda: ImportanceResampledGuide(None, guide), TypeError, f"model {CALLABLE}.*got None"),
+    ("guide's guide", lambda: ImportanceResampledGuide(model, 3), TypeError, f"guide {CALLABLE}.*got 3"),
+    ("no draw", lambda: posterior().sample(0), ValueError, "num_draws >= 1, got 0"),
+    ("half draws", lambda: posterior().sample(2.5), TypeError, f"num_draws {WHOLE}2.5"),
+    ("method", lambda: posterior().sample(3, method="best"), ValueError, "method to be None or one of .*got 'best'"),
+    ("no function", lambda: posterior().expectation(None), TypeError, "fn to be a function of the draws.*got None"),
+    ("no batch", lambda: posterior().expectation(len, num_batches=0), ValueError, "num_batches >= 1, got 0"),
+    ("no values", lambda: posterior().log_density({}), ValueError, "draws to hold the model's latents, got none"),
+    ("a list of values", lambda: posterior().log_density([1.0]), TypeError, "dict of tensors .*got list"),
+    ("values that are no tensors", lambda: posterior().log_density({"z": 1.0}), TypeError, r"got {'z': 'float'}"),
+    ("values of NaN", lambda: posterior().log_density({"z": DATA * math.nan}), ValueError, "NaN at site 'z'"),
+    ("no companions", lambda: posterior().elbo_interval(num_batches=0), ValueError, "num_batches >= 1"),
+    ("one replicate", lambda: posterior().elbo_interval(num_replicates=1), ValueError, "num_replicates >= 2"),
+    # Evaluation
+    ("evaluated model", lambda: evaluate(None, guide), TypeError, f"model {CALLABLE}"),
+    ("evaluated K", lambda: evaluated(num_particles=0), ValueError, "num_particles >= 1"),
+    ("one evaluation", lambda: evaluated(num_replicates=1), ValueError, "num_replicates >= 2, got 1"),
+    ("ladder", lambda: evaluated(ks=5), TypeError, r"ks to be several numbers .*\[1, 10, 100\], got 5"),
+    ("ladder from zero", lambda: evaluated(ks=[0]), ValueError, "ks >= 1, got 0"),
+    ("ladder too high", lambda: evaluated(ks=[9]), ValueError, "up to num_particles=4, got 9"),
+    ("unpack without data", lambda: evaluated(unpack=len), ValueError, "expected data= for unpack and row_plate"),
+    ("row_plate without data", lambda: evaluated(row_plate="data"), ValueError, "expected data= for unpack and row"),
+    ("evaluated chunk", lambda: evaluated(chunk_size=0), ValueError, "chunk_size >= 1, got 0"),
+    ("target", lambda: evaluated(target_ess=-1), ValueError, "target_ess > 0, got -1"),
+    ("target of text", lambda: evaluated(target_ess="x"), TypeError, "target_ess to be a number, got 'x'"),
+    ("target is NaN", lambda: evaluated(target_std_error=math.nan), ValueError, "target_std_error > 0, got nan"),
+    ("most", lambda: evaluated(max_replicates=0), ValueError, "max_replicates >= 1, got 0"),
+    ("exact draw", lambda: evaluated(posterior_draw=3), TypeError, "posterior_draw to be a dict of tensors .*got int"),
+    ("no exact draw", lambda: evaluated(posterior_draw={}), ValueError, "posterior_draw to hold the model's latents"),
+    ("no such folder", lambda: evaluated(save_to="no/such/x.npz"), FileNotFoundError, "folder that is there, got 'no"),
+    ("seconds", lambda: evaluated(save_every=-1), ValueError, "save_every >= 0 seconds, got -1"),
+    ("progress", lambda: evaluated(progress="x"), TypeError, "progress to be True or False, got 'x'"),
+    ("no such file", lambda: Evaluation.load("no/such.npz"), FileNotFoundError, "such.npz"),
+    # The rest
+    ("compared model", lambda: tradeoff(None, guide), TypeError, f"model {CALLABLE}"),
+    ("nothing to compare", lambda: compared(ks=[1, 1]), ValueError, r"two different ks to compare, got \[1\]"),
+    ("compared with none", lambda: compared(ks=[0, 2]), ValueError, "ks >= 1, got 0"),
+    ("report", lambda: preflight(None, guide), TypeError, f"model {CALLABLE}"),
+    ("signal of nothing", lambda: gradient_snr(None, model, guide), TypeError, "elbo to be an ELBO such as"),
+    ("signal of no model", lambda: gradient_snr(elbo(), 3, guide, progress=False), TypeError, f"model {CALLABLE}"),
+    ("few gradients", lambda: gradient_snr(elbo(), model, guide, num_replicates=1), ValueError, "num_replicates >= 20"),
+    ("never", lambda: Monitor(model, guide, elbo(), every=0), ValueError, "every >= 1, got 0"),
+    ("monitored model", lambda: Monitor(None, guide, elbo()), TypeError, f"model {CALLABLE}"),
+    ("writer", lambda: Monitor(model, guide, elbo(), writer=3), TypeError, "folder for TensorBoard.*got 3"),
+    ("another loss", lambda: compiled(loss=Trace_ELBO()), TypeError, "loss to be an ImportanceWeightedELBO"),
+    ("no optimiser", lambda: compiled(optim=3), TypeError, "optim to be pyro.optim.Adam.*got 3"),
+    ("compiled model", lambda: compiled(model=None), TypeError, f"model {CALLABLE}"),
+    ("no steps", lambda: compiled().run(0), ValueError, "num_steps >= 1, got 0"),
+    ("steps", lambda: compiled().run("x"), TypeError, f"num_steps {WHOLE}'x'"),
+    ("path", lambda: Checkpoint(3), TypeError, "PathLike object, not int"),
+    ("cited class", lambda: citation(ImportanceWeightedELBO), TypeError, "ImportanceResampledGuide or nothing"),
+    ("no posterior", lambda: to_inference_data(None), TypeError, r"expected the posterior as ImportanceResampled"),
+    ("no draws to hold", lambda: to_inference_data(posterior(), num_draws=0), ValueError, "num_draws >= 1, got 0"),
+]
+CALLED = [
+    (
+        "groups do not part K",
+        lambda: elbo(objective=MIWAE(2)).loss(model, guide),
+        ValueError,
+        "multiple of the 2 groups",
+    ),
+    ("a plate of no such name", lambda: elbo(plate_particles={"rows": 2}).loss(model, guide), ValueError, "got 'rows'"),
+    ("evaluated plate", lambda: evaluated(plate_particles={"rows": 2}), ValueError, r"\['data'\], got 'rows'"),
+    ("data", lambda: evaluated(data=5), TypeError, "data to give batches of rows, got int; write data=DataLoader"),
+    ("no batches", lambda: evaluated(data=[]), ValueError, "at least one batch, got none"),
+    (
+        "an exact draw's shape",
+        lambda: evaluated(posterior_draw={"z": torch.zeros(7)}),
+        ValueError,
+        r"site 'z' in shape",
+    ),
+    ("too few for all", lambda: posterior().sample(9, method="without_replacement"), ValueError, "at most 3 draws"),
+    ("fn of a number", lambda: posterior().expectation(lambda z: 1.0), ValueError, "particles in front"),
+    ("fn that mixes", lambda: posterior().expectation(lambda z: z["z"].sum(-1)), ValueError, r"\['data'\] apart"),
+    (
+        "values of another site",
+        lambda: posterior().log_density({"z": DATA.expand(2, 3), "q": DATA}),
+        ValueError,
+        r"got \['q'\]",
+    ),
+    ("values' shape", lambda: posterior().log_density({"z": torch.zeros(2, 5)}), ValueError, r"\(2, 3\).*got \(2, 5\)"),
+    ("rows of none", lambda: elbo().loss(model, guide, DATA[:0]), ZeroDivisionError, "size cannot be zero"),  # Pyro's
+    ("evaluation and a number", lambda: evaluated() + 3, TypeError, "unsupported operand"),
+    ("level", lambda: evaluated().interval(2.0), ValueError, "level between 0 and 1, as in 0.95, got 2.0"),
+    ("fewest", lambda: evaluated().worst(0), ValueError, "count >= 1, got 0"),
+]
+ROWS = [(*row, False) for row in NOT_CALLED] + [(*row, True) for row in CALLED]
+
+
+def world():
+    """All that an error must leave as it was, but for what model and guide drew before it."""
+    store = {n: v.clone() for n, v in pyro.get_param_store().items()}
+    return {**host_state(), "handlers": list(_PYRO_STACK), "plates": list(filter(None, _DIM_ALLOCATOR._stack))}, store
+
+
+def good_call():
+    pyro.set_rng_seed(4)
+    found = elbo().loss_and_grads(model, guide)
+    return found, {n: p.unconstrained().grad for n, p in pyro.get_param_store().items()}
+
+
+@pytest.mark.parametrize("ask, kind, message, runs", [row[1:] for row in ROWS], ids=[row[0] for row in ROWS])
+def test_what_is_said(ask, kind, message, runs):
+    expected, _ = good_call()
+    switches, store = world()
+    generator = get_rng_state()["torch"]
+    with pytest.raises(kind, match=message):
+        ask()
+    after, stored = world()
+    assert after == switches
+    assert stored.keys() == store.keys() and all(torch.equal(stored[n], v) for n, v in store.items())
+    assert runs or torch.equal(get_rng_state()["torch"], generator)
+    assert good_call()[0] == expected
