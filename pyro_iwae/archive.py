@@ -17,9 +17,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["read", "write", "write_whole"]
+__all__ = ["read", "require_folder", "write", "write_whole"]
 
 FACTS = "facts"
+
+
+def require_folder(path: str | os.PathLike[str]) -> None:
+    """Raises FileNotFoundError where a file could not be written later, because there is no folder for it."""
+    if not Path(path).parent.is_dir():
+        raise FileNotFoundError(
+            f"expected a folder for {os.fspath(path)!r}, got none; create it, or nothing could be saved later"
+        ) from None
 
 
 def write(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:

@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.distributions.constraints import Constraint
 from torch.nn.parameter import is_lazy
 
-from pyro_iwae.archive import write_whole
+from pyro_iwae.archive import require_folder, write_whole
 from pyro_iwae.constraint_codes import decoded, encoded
 from pyro_iwae.distributed import Ranks, by_first, in_all
 from pyro_iwae.options import as_count
@@ -234,10 +234,7 @@ class Checkpoint:
         try:
             file = open(self.path, "rb")
         except FileNotFoundError:
-            if not self.path.parent.is_dir():
-                raise FileNotFoundError(
-                    f"expected a folder for {str(self.path)!r}, got none; create it, or nothing could be saved later"
-                ) from None
+            require_folder(self.path)
             return None
         with file:
             if file.readline(LONGEST_LINE) != HEADER:

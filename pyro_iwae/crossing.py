@@ -32,7 +32,7 @@ __all__ = [
     "subsets",
 ]
 
-SUBSETS = 8
+SUBSETS = 8  # each leaves the parity of two coins as it is with probability 1/2 in each particle that is moved
 
 
 def separating_rounds(num_particles: int, sizes: Sequence[int]) -> Tensor:

@@ -20,6 +20,7 @@ from pyro.poutine.messenger import block_messengers
 from torch import Tensor
 from tqdm import tqdm
 
+from pyro_iwae.archive import require_folder
 from pyro_iwae.batches import Source, fingerprint
 from pyro_iwae.chunks import require_chunk_size
 from pyro_iwae.distributed import Ranks, by_first, in_all
@@ -144,8 +145,6 @@ def evaluate(
         require_draws("posterior_draw", posterior_draw)
     if not as_number("save_every", save_every) >= 0.0:
         raise ValueError(f"expected save_every >= 0 seconds, got {save_every}")
-    if save_to is not None and not os.path.isdir(os.path.dirname(os.path.abspath(os.fspath(save_to)))):
-        raise FileNotFoundError(f"expected save_to in a folder that is there, got {os.fspath(save_to)!r}")
     if data is None and (unpack is not None or row_plate is not None):
         raise ValueError("expected data= for unpack and row_plate, which say what to make of its batches, got none")
     if data is not None and posterior_draw is not None:
@@ -171,6 +170,8 @@ def evaluate(
     ranks = Ranks.of(process_group)
     if ranks is not None:
         ranks.share(num_particles)  # is there one for each?
+    elif save_to is not None:  # of several processes the first alone saves, and looks when the others listen
+        require_folder(save_to)
     way = facts, num_replicates, most, targets, save_to is None
     with _begun(ranks, (args, kwargs), way) as (seed, turn), _apart(), unchanged_state(model, guide):
         first = ranks is None or ranks.rank == 0
@@ -338,7 +339,10 @@ class _Run:
         self.resumed = True
 
     def _saved(self) -> Evaluation | None:
-        return None if self.path is None or not os.path.exists(self.path) else Evaluation.load(self.path)
+        if self.path is None:
+            return None
+        require_folder(self.path)
+        return Evaluation.load(self.path) if os.path.exists(self.path) else None
 
     def draw(self, rows: _Rows, source_of: Callable[[_Rows], Source], position: int, row_plate: str | None) -> None:
         """All replicates of some rows."""

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from pyro_iwae.options import as_count
+from pyro_iwae.options import as_count, require_switch
 from pyro_iwae.plates import Site, label
 
 __all__ = ["CHANGING_SITES", "Node", "PlateParticles", "Tree", "combine_problem"]
@@ -44,8 +44,7 @@ class PlateParticles:
             TypeError: where one has the wrong type.
             ValueError: where a count is below 1, or there is nothing to combine.
         """
-        if not isinstance(combine, bool):
-            raise TypeError(f"expected combine to be True or False, got {combine!r}")
+        require_switch("combine", combine)
         if option is None:
             if combine:
                 raise ValueError(

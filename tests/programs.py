@@ -83,7 +83,7 @@ class Program:
         inside += [set(plates) for plates in self.helped.values()]
         inside += [set()] if self.joint else []
         # What is masked altogether mixes nothing, but for what is summed out, which masks do not touch.
-        seen = [s for s in self.observations if s.mask != "none" or s.family == "mixture"]
+        seen = [s for s in self.observations if self.mask_of(s).any() or s.family == "mixture"]
         mixed = [set(self.site[n].plates) - set(s.plates) for s in seen for n in s.parents]
         shared = set.intersection(*inside) if inside else set.intersection(*[set(s.plates) for s in self.observations])
         return [p for p in self.plates if p.name in shared - set().union(*mixed)]
@@ -247,14 +247,14 @@ class Program:
         stack = ExitStack()
         if spec.scale != 1.0:
             stack.enter_context(poutine.scale(scale=spec.scale))
-        if spec.mask == "none":
-            stack.enter_context(poutine.mask(mask=torch.tensor(False)))
-        if spec.mask == "some":
+        if spec.mask is not None:
             stack.enter_context(poutine.mask(mask=self.mask_of(spec)))
         return stack
 
     def mask_of(self, spec):
-        """Every other element of the vectorised plates."""
+        """All, none, or some: every other element of the vectorised plates."""
+        if spec.mask != "some":
+            return torch.tensor(spec.mask is None)
         wide = sorted((self.plate[n] for n in spec.plates if self.plate[n].dim is not None), key=lambda p: p.dim)
         mask = torch.tensor(True)
         for p in wide:

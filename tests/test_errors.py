@@ -49,6 +49,7 @@ def raises_cleanly(elbo, kind, match):
     assert not isinstance(caught.value, AssertionError)
     assert _PYRO_STACK == [] and not [d for d in _DIM_ALLOCATOR._stack if d is not None]
     store = pyro.get_param_store()
+    assert store.keys() == before.keys()
     for name, value in before.items():
         assert torch.equal(store[name], value) and bool(store[name].isfinite().all())
     pyro.set_rng_seed(4)

@@ -178,6 +178,18 @@ def test_a_scale_that_not_all_sites_have_is_refused(inside, outside):
         quick(*scaled(inside, outside))
 
 
+def test_a_scale_by_element_around_what_lies_in_no_plate_is_refused():
+    scale = torch.tensor([0.5, 0.2, 0.9])
+    model, guide = scaled(1.0, None)
+
+    def whole():
+        model()
+        pyro.sample("y", dist.Normal(0.0, 1.0), obs=torch.tensor(0.7))
+
+    with pytest.raises(ValueError, match="tempered by a poutine.scale around some sites"):
+        quick(poutine.scale(whole, scale=scale), poutine.scale(guide, scale=scale))
+
+
 def test_a_scale_that_all_sites_have_is_taken_off():
     for scale in (0.5, 3.0):
         pyro.set_rng_seed(2)

@@ -24,23 +24,21 @@ from pyro.infer import Trace_ELBO, TraceEnum_ELBO
 from pyro.nn import PyroModule
 
 from pyro_iwae import (
-    CIWAE,
     MIWAE,
     OVIS,
     PIWAE,
-    TVO,
     VIMCO,
     DoublyReparameterized,
     ImportanceResampledGuide,
     ImportanceWeightedELBO,
     Pathwise,
-    Renyi,
     StickTheLanding,
     evaluate,
 )
 from tests.naive import Refused, labels, particles_of, reference
 from tests.programs import programs
 from tests.statistics import NIGHTLY
+from tests.test_objectives import FORMULAS, log_mean
 
 TOLERANCE = {torch.float64: 1e-8, torch.float32: 2e-4}
 VECTORIZE = st.sampled_from([None, True, False])
@@ -117,20 +115,14 @@ SCORE = {"mean": VIMCO(), "balanced": OVIS()}
 PATH = {"pathwise": Pathwise(), "sticking": StickTheLanding(), "double": DoublyReparameterized()}
 
 
-def log_mean(x):
-    return x.logsumexp(0) - math.log(len(x))
-
-
 OBJECTIVES = {
     "bound": (lambda k: None, log_mean),
-    "Renyi": (lambda k: Renyi(0.5), lambda x: log_mean(0.5 * x) / 0.5),
-    "groups": (lambda k: MIWAE(k), lambda x: x.mean(0)),
-    "partial": (lambda k: PIWAE(k), log_mean),
-    "mixed": (lambda k: CIWAE(0.3), lambda x: 0.3 * x.mean(0) + 0.7 * log_mean(x)),
-    "integral": (
-        lambda k: TVO((0.0, 0.4)),
-        lambda x: 0.4 * x.mean(0) + 0.6 * ((0.4 * x).softmax(0) * x).sum(0),
-    ),
+    "groups": (MIWAE, lambda x: x.mean(0)),
+    "partial": (PIWAE, log_mean),
+    **{
+        name: (lambda k, name=name: FORMULAS[name][0], FORMULAS[name][1])
+        for name in ("Renyi(0.5)", "CIWAE(0.3)", "TVO(0, .2, .6)")
+    },
 }
 
 
@@ -146,11 +138,6 @@ def gradients(loss):
 def close(a, b):
     tolerance = TOLERANCE[torch.get_default_dtype()]
     torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance, check_dtype=False)
-
-
-def run_of(program, runs):
-    """What the guide drew last, in so many runs."""
-    return program.tape[-runs:]
 
 
 @given(
@@ -199,7 +186,7 @@ def test_value_and_gradient(program, num_particles, vectorize, path, score, obje
         pyro.set_rng_seed(program.seed + 1)  # the same particles again, on a tape that no estimator has touched
         weights = ask(elbo.log_weights)
         try:
-            expected = reference(program, run_of(program, runs), num_particles, path, score)
+            expected = reference(program, program.tape[-runs:], num_particles, path, score)
         except Refused as reason:
             event(f"refused: {reason}")
             assert refusal is not None or objective == "groups"  # of one particle each: no weight to square
@@ -236,9 +223,8 @@ def test_one_particle_equals_pyro(program):
     with fresh(program, torch.float64):
         try:
             pyros, pyro_gradients = second_step(TraceEnum_ELBO() if enumerates else Trace_ELBO())
-        except (
-            AttributeError
-        ) as error:  # Pyro's Dice: non-reparameterised sites that meet enumerated ones in some plates
+        except AttributeError as error:
+            # Pyro's Dice, where non-reparameterised sites meet enumerated ones in some plates
             assert enumerates and "_pyro_backward" in str(error)
             with pytest.raises(AttributeError, match="_pyro_backward"):
                 second_step(ImportanceWeightedELBO(num_particles=1))
@@ -284,8 +270,8 @@ def test_draws(program, num_particles, vectorize, dtype):
         posterior()
         with poutine.trace() as tracer:
             posterior()
-        found = reference(program, run_of(program, runs), num_particles)
-        particles, _ = particles_of(program, run_of(program, runs), num_particles)
+        found = reference(program, program.tape[-runs:], num_particles)
+        particles, _ = particles_of(program, program.tape[-runs:], num_particles)
         drawn = {name: site["value"] for name, site in tracer.trace.nodes.items()}
         for column, place in enumerate(found.elements):
             fits = torch.tensor(True).repeat(num_particles)
@@ -294,13 +280,13 @@ def test_draws(program, num_particles, vectorize, dtype):
                     fits[k] &= torch.equal(at(program, spec, drawn, place), at(program, spec, values, place))
             assert bool((fits & (found.log_w[:, column] > -math.inf)).any())
         loss = Trace_ELBO(max_plate_nesting=3).loss(program.model, posterior)
-        again = reference(program, run_of(program, runs), num_particles)
+        again = reference(program, program.tape[-runs:], num_particles)
         close(torch.tensor(loss), again.loss)
         for spec in program.latents[:1]:
             name = labels(program, spec)[-1]
             mean = posterior.expectation(operator.itemgetter(name), num_batches=1)
-            found = reference(program, run_of(program, runs), num_particles)
-            particles, _ = particles_of(program, run_of(program, runs), num_particles)
+            found = reference(program, program.tape[-runs:], num_particles)
+            particles, _ = particles_of(program, program.tape[-runs:], num_particles)
             shares = found.log_w.detach().softmax(0)
             here = replace(spec, plates=tuple(n for n in spec.plates if program.plate[n].dim is not None))
             numbers = dict(zip([n for n in spec.plates if n not in here.plates], name.split("_")[1:], strict=True))
