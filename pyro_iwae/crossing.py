@@ -11,10 +11,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 from pyro.distributions.util import scale_and_mask
 from torch import Tensor
+from torch.distributions import constraints
 
 from pyro_iwae.densities import log_prob_of
 from pyro_iwae.plates import Layout, Site
@@ -60,28 +62,40 @@ def cross_elements(value: Tensor, moved: Tensor, others: Tensor | None = None) -
 
 
 def other_values(value: Tensor, site: Site) -> Tensor:
-    """Values to move to: another particle's, or, of few possible ones, the next possible one, which always differs."""
-    if not is_enumerable(site):
-        return value.roll(-1, 0)
+    """Values to move to: another particle's, or, where values are whole numbers, the next one, which always differs."""
+    rolled, support = value.roll(-1, 0), _discrete_support(site)
+    if support is None:
+        return rolled
+    if support.event_dim > 0:  # one-hot, or counts that have a given sum: the next place
+        turned = value.roll(1, -1)
+        return torch.where((turned != value).any(-1, keepdim=True), turned, rolled)
+    fn = site["fn"]
+    gap = max(0, len(fn.batch_shape) + fn.event_dim - value.dim())  # in a vectorised run, after the particles'
+    wide = value.reshape(value.shape[:1] + (1,) * gap + value.shape[1:])
+    least = torch.as_tensor(getattr(support, "lower_bound", 0)).to(wide)
     try:
-        support = site["fn"].enumerate_support(expand=False).flatten()
-    except NotImplementedError:  # it differs from element to element, as a Binomial's of several total counts
-        return value.roll(-1, 0)
-    if support.numel() < 2:
-        return value.roll(-1, 0)
-    position = (value.unsqueeze(-1) == support).to(torch.uint8).argmax(-1)
-    return support[(position + 1) % support.numel()].to(value)
+        moved = torch.where(support.check(wide + 1), wide + 1, least)
+    except RuntimeError:  # the bounds lie along particles of an inner plate
+        return rolled
+    return moved.reshape(value.shape) if moved.shape == wide.shape else rolled
 
 
-def is_enumerable(site: Site) -> bool:
-    """Whether :func:`other_values` moves the site's entries to their next possible values."""
-    return bool(getattr(site["fn"], "has_enumerate_support", False)) and site["fn"].event_dim == 0
+def _discrete_support(site: Site) -> Any:
+    """The constraint on each entry of a site whose values are whole numbers; None for any other site."""
+    try:
+        support: Any = site["fn"].support
+        discrete = support.is_discrete
+    except NotImplementedError:  # the distribution does not say
+        return None
+    while isinstance(support, constraints.independent):
+        support = support.base_constraint
+    return support if discrete else None
 
 
 def subsets(
     values: Mapping[str, Tensor], others: Mapping[str, Tensor], latents: Mapping[str, Site], elements: int
 ) -> Iterator[dict[str, Tensor]]:
-    """What elements are moved to, time after time: all entries; then, of few possible ones, some at random.
+    """What elements are moved to, time after time: all entries; then, of whole numbers, some at random.
 
     Two coins that are both turned have the same sum and the same parity, so that a site which follows those would stay
     as it is. With ``SUBSETS`` random subsets in each particle that is all but impossible.
@@ -93,12 +107,17 @@ def subsets(
         elements: of how many the particle is made, each moved as a whole.
     """
     yield dict(others)
-    few = [n for n in others if is_enumerable(latents[n])]
-    if sum(values[n][0].numel() for n in few) <= elements:
+    entries = {}  # each of which can move alone
+    for name in others:
+        support = _discrete_support(latents[name])
+        if support is not None:
+            shape = values[name].shape
+            entries[name] = shape[: len(shape) - support.event_dim] + (1,) * support.event_dim
+    if sum(math.prod(shape[1:]) for shape in entries.values()) <= elements:
         return  # one entry in each
     generator = torch.Generator().manual_seed(0)  # of its own: model and guide see the random numbers that they would
     for _ in range(SUBSETS):
-        turned = {n: torch.rand(values[n].shape, generator=generator, device="cpu") < 0.5 for n in few}
+        turned = {n: torch.rand(shape, generator=generator, device="cpu") < 0.5 for n, shape in entries.items()}
         yield {**others, **{n: torch.where(t.to(values[n].device), others[n], values[n]) for n, t in turned.items()}}
 
 

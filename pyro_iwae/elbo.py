@@ -25,6 +25,7 @@ from pyro_iwae.compiled import CompiledSteps
 from pyro_iwae.distributed import Grouped
 from pyro_iwae.gradients import OVIS, Coefficients, PathGradient, Pathwise, SampledBackward, ScoreGradient
 from pyro_iwae.logweights import LogWeights
+from pyro_iwae.memory import advice_on_memory
 from pyro_iwae.objectives import Objective
 from pyro_iwae.options import as_count, require_callables, require_options, require_switch
 from pyro_iwae.particles import Call
@@ -35,7 +36,7 @@ from pyro_iwae.step import handed_out
 from pyro_iwae.structure import StructureCache
 from pyro_iwae.totals import LogMean, Totals
 from pyro_iwae.traces import Recording, fill_densities, require_site_shapes, run_pair
-from pyro_iwae.tree import PlateParticles
+from pyro_iwae.tree import PlateParticles, Tree
 from pyro_iwae.weighing import Particles, sites_at_fault, weigh_particles
 
 if TYPE_CHECKING:
@@ -281,10 +282,17 @@ class ImportanceWeightedELBO(Grouped, ELBO):
         """The loss, in nats; adds the gradient estimate to the ``grad`` of every parameter.
 
         Raises:
+            RuntimeError: where gradients are turned off, as in ``torch.no_grad()``.
             ValueError: also where a parameter's gradient comes out as NaN because a site's log density is -inf.
         """
+        if not torch.is_grad_enabled():
+            raise RuntimeError(
+                "expected gradients to be on in loss_and_grads (and so in SVI.step), got torch.no_grad() or "
+                "inference_mode(), in which no parameter would be trained; write loss(...) or svi.evaluate_loss(...) "
+                "for the value alone"
+            )
         call = Call(model, guide, args, kwargs)
-        if self.compile and self._ranks is None and torch.is_grad_enabled():
+        if self.compile and self._ranks is None:
             result = self._recorded.step(call, self._frozen)
             if result is not None:
                 return result.accumulated()
@@ -292,7 +300,9 @@ class ImportanceWeightedELBO(Grouped, ELBO):
             return float(self._single("loss_and_grads", model, guide, args, kwargs))
         particles, loss = self._step(call)
         if loss.requires_grad:
-            loss.backward(retain_graph=self.retain_graph)
+            tree = Tree() if particles is None else particles.structure.run.tree
+            with advice_on_memory(self.num_particles, tree, chunked=particles is None):
+                loss.backward(retain_graph=self.retain_graph)
             if particles is not None:
                 _refuse_nan_gradients(particles)
         return torch_item(loss)

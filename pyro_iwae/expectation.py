@@ -8,11 +8,12 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from pyro_iwae.crossing import cross_elements, separating_rounds
+from pyro_iwae.crossing import cross_elements, other_values, separating_rounds, subsets
 from pyro_iwae.logweights import LogWeights
 from pyro_iwae.plates import Layout, Site
 from pyro_iwae.totals import Gather, LogMean
@@ -22,22 +23,38 @@ __all__ = ["WeightedMean"]
 Function = Callable[[dict[str, Tensor]], Tensor]
 Alignment = Callable[[Tensor], Tensor]  # (particles, *plates) to something that broadcasts with the result
 
+SAME = 1e-4  # of a value: rounding; in the right way there is hardly any
+
+
+@dataclass
+class _Way:
+    """One way to lay the columns of the weights along the result, and the mean that it gives."""
+
+    align: Alignment
+    value: Tensor
+    error: float = 0.0  # the largest by which fn did not follow particles that were crossed in this way
+
+    @property
+    def fits(self) -> bool:
+        return self.error < SAME
+
 
 class WeightedMean:
     """sum_k v_k fn(z_k) over K particles, which may pass by in chunks.
 
     Args:
         fn: takes values by site, ``(particles, *site shape)``, and returns ``(particles, *shape)``.
-
-    Attributes:
-        value: the mean over the particles so far, shape ``(*shape)``.
     """
 
     def __init__(self, fn: Function) -> None:
         self.fn = fn
-        self.value = torch.zeros(())
         self._totals: LogMean | None = None
-        self._align: Alignment | None = None
+        self._ways: list[_Way] = []
+
+    @property
+    def value(self) -> Tensor:
+        """The mean over the particles so far, shape ``(*shape)``."""
+        return self._agreed({i: way.value for i, way in enumerate(self._ways) if way.fits})
 
     def add(self, values: dict[str, Tensor], sites: Mapping[str, Site], weights: LogWeights, layout: Layout) -> None:
         """Takes in some of the particles, at first two at least, where there are more than one.
@@ -55,51 +72,92 @@ class WeightedMean:
                 f"expected fn to keep the particles in front, shape ({weights.num_particles}, ...), got {got}; reduce "
                 "over trailing dimensions only, as in z['w'].mean(-1)"
             )
-        if self._align is None:
-            self._align = _alignment(self.fn, result, values, sites, weights, layout)
         before = self._totals
+        if before is None:
+            self._ways = [_Way(align, torch.zeros(())) for align in _possible(result, weights, layout)]
+        if before is None or sum(way.fits for way in self._ways) > 1:  # what looked alike so far may not do so here
+            _cross(self._ways, self.fn, result, values, sites, layout)
+        if not any(way.fits for way in self._ways):
+            raise _mixes(layout, result.shape)
         self._totals = weights.totals() if before is None else before.merge(weights.totals())
-        part = (self._align(self._totals.slope(weights.log_weights)) * result).sum(0)
-        if before is not None:
-            share = self._totals.slope(before.log_sum.unsqueeze(0))  # of all that came before
-            part = part + (self._align(share) * self.value.unsqueeze(0)).squeeze(0)
-        self.value = part
+        slope = self._totals.slope(weights.log_weights)
+        for way in (way for way in self._ways if way.fits):
+            part = (way.align(slope) * result).sum(0)
+            if before is not None:
+                share = self._totals.slope(before.log_sum.unsqueeze(0))  # of all that came before
+                part = part + (way.align(share) * way.value.unsqueeze(0)).squeeze(0)
+            way.value = part
 
     def gathered(self, gather: Gather, count: int) -> Tensor:
         """The mean over K particles, of which each process has taken in a part."""
-        if self._totals is None or self._align is None:
+        if self._totals is None:
             raise ValueError("expected particles, got none")
         everyone = self._totals.gathered(gather, count)
-        share = self._align(everyone.slope(self._totals.log_sum.unsqueeze(0)))
-        return gather((share * self.value.unsqueeze(0)).squeeze(0)).sum(0)
+        share = everyone.slope(self._totals.log_sum.unsqueeze(0))
+        errors = gather(share.new_tensor([way.error for way in self._ways])).amax(0).tolist()
+        for way, error in zip(self._ways, errors, strict=True):
+            way.error = error  # what one process has seen not to fit does not
+        means = {}
+        for i, way in enumerate(self._ways):
+            if way.fits:
+                means[i] = gather((way.align(share) * way.value.unsqueeze(0)).squeeze(0)).sum(0)
+        return self._agreed(means)
+
+    def _agreed(self, means: Mapping[int, Tensor]) -> Tensor:
+        """The mean, if all ways that fit give it."""
+        if not means:
+            raise ValueError(
+                "expected fn to keep the elements of the independent plates apart, got one that mixes them on one "
+                "process or another; write a function of each element alone"
+            )
+        best = means[min(means, key=lambda i: self._ways[i].error)]
+        if any(_distance(mean.unsqueeze(0), best.unsqueeze(0)) > SAME for mean in means.values()):
+            raise ValueError(
+                "expected particles that show which dimensions of fn's result are the independent plates', got chunks "
+                "in each of which fn gives one value; pass a larger chunk_size"
+            )
+        return best
 
 
-def _alignment(
+def _cross(
+    ways: list[_Way],
     fn: Function,
     result: Tensor,
     values: dict[str, Tensor],
     sites: Mapping[str, Site],
-    weights: LogWeights,
     layout: Layout,
-) -> Alignment:
-    """Finds which dimensions of the result are the independent plates' by crossing particles, and seeing fn follow."""
-    if weights.num_particles == 1:  # nothing to weigh
-        return lambda columns: result.new_ones(())
-    if not layout.plates:
-        return lambda columns: columns.reshape(columns.shape[:1] + (1,) * (result.dim() - 1))
-    possible = list(_possible(result, layout))
-    worst = [0.0] * len(possible)
-    for moved in separating_rounds(weights.num_particles, weights.log_weights.shape[1:]).to(result.device):
-        crossed = {n: cross_elements(v, layout.align(moved, sites[n], v)) for n, v in values.items()}
-        after = fn(crossed)
-        distances = [_distance(after, cross_elements(result, a(moved))) for a in possible]
-        worst = [max(pair) for pair in zip(worst, distances, strict=True)]
-    if possible and min(worst) < 1e-4:  # rounding; in the right one there is hardly any
-        return possible[worst.index(min(worst))]
-    raise ValueError(
+) -> None:
+    """Sees which ways fn follows where particles are crossed: of the plates' elements, some are another's.
+
+    Where several fit, each element is the next particle's in all particles at once, so that an entry of the result in
+    which any two particles differ shows its element. The ways that are left give the same mean of these particles.
+    """
+    if not layout.plates or result.shape[0] == 1:
+        return
+    count, sizes = result.shape[0], [p.size for p in layout.plates]
+
+    def look(rounds: Tensor, others: Mapping[str, Tensor], target: Tensor) -> None:
+        for moved in rounds.to(result.device):
+            crossed = {n: cross_elements(v, layout.align(moved, sites[n], v), others[n]) for n, v in values.items()}
+            after = fn(crossed)
+            for way in ways:
+                expected = cross_elements(result, way.align(moved), target)
+                way.error = max(way.error, _distance(after, expected))
+
+    rolled = {n: v.roll(-1, 0) for n, v in values.items()}
+    others = {n: other_values(v, sites[n]) for n, v in values.items()}
+    for chosen in subsets(values, others, sites, math.prod(sizes)):
+        same = all(torch.equal(chosen[n], rolled[n]) for n in values)
+        look(separating_rounds(count, sizes), chosen, result.roll(-1, 0) if same else fn(chosen))
+    if sum(way.fits for way in ways) > 1:
+        look(separating_rounds(1, sizes).expand(-1, count, *sizes), rolled, result.roll(-1, 0))
+
+
+def _mixes(layout: Layout, shape: torch.Size) -> ValueError:
+    return ValueError(
         f"expected fn to keep the elements of the independent plates {[p.name for p in layout.plates]} apart, got a "
-        f"result of shape {tuple(result.shape)} that mixes them or drops their dimension; each element is weighed by "
-        "itself. Average over draws instead: fn(posterior.sample(num_draws, ...)).mean(0)"
+        f"result of shape {tuple(shape)} that mixes them or drops their dimension; each element is weighed by itself. "
+        "Average over draws instead: fn(posterior.sample(num_draws, ...)).mean(0)"
     )
 
 
@@ -116,11 +174,17 @@ def _distance(after: Tensor, expected: Tensor) -> float:
     return float(torch.where(apart == 0.0, 0.0, apart / size).max())
 
 
-def _possible(result: Tensor, layout: Layout) -> Iterator[Alignment]:
+def _possible(result: Tensor, weights: LogWeights, layout: Layout) -> Iterator[Alignment]:
     """Ways to lay the columns along the result: an element of each sequential plate, a place for the other plates."""
+    if weights.num_particles == 1:  # nothing to weigh
+        yield lambda columns: result.new_ones(())
+        return
+    if not layout.plates:
+        yield lambda columns: columns.reshape(columns.shape[:1] + (1,) * (result.dim() - 1))
+        return
     width = -min(layout.dims, default=0)
     for element in itertools.product(*(range(p.size) for p in layout.sequential)):
-        for before in range(result.dim() - width):
+        for before in range(result.dim() - width if width else 1):
             after = result.dim() - 1 - width - before
 
             def align(

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import operator
+import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -27,6 +28,8 @@ def as_count(name: str, value: Any, *, least: int = 1) -> int:
         ) from None
     if count < least:
         raise ValueError(f"expected {name} >= {least}, got {count}")
+    if count > sys.maxsize:
+        raise ValueError(f"expected {name} <= {sys.maxsize}, the most that a tensor can count, got {count}")
     return count
 
 

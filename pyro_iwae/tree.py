@@ -99,6 +99,11 @@ class Tree:
         """Whether there is more than the root."""
         return len(self.nodes) > 1
 
+    @property
+    def plates(self) -> list[str]:
+        """Plates that have particles of their own."""
+        return [node.plate for node in self.nodes[1:]]
+
     def path(self, node: int) -> tuple[int, ...]:
         """The node and those around it, the root last."""
         parent = self.nodes[node].parent

@@ -102,11 +102,9 @@ class Trial:
         sizes = [p.size for p in layout.plates]
         for chosen in subsets(values, others, latents, math.prod(sizes)):
             for moved in separating_rounds(count, sizes):
-                crossed = {
-                    n: cross_elements(values[n], layout.align(moved, latents[n], values[n]), o)
-                    for n, o in chosen.items()
-                }
-                unmoved -= {n for n in unmoved if bool((crossed[n] != values[n]).any())}
+                told = {n: layout.align(moved, latents[n], values[n]) for n in chosen}
+                crossed = {n: cross_elements(values[n], told[n], o) for n, o in chosen.items()}
+                unmoved -= {n for n in unmoved if _all_moved(values[n], crossed[n], told[n])}
                 set_random_state(seed)
                 after = self.replay(pairs, {**values, **crossed}, run, count)
                 fault = first_mixed(before, after, sites, moved, layout)
@@ -168,6 +166,15 @@ class Trial:
         """The guide's latents, by name, each ``(particles, *site shape)``."""
         stacked = stacked_latents(pairs, run=run, num_particles=count, batch_dims=self.batch_dims)
         return {n: v.detach() for n, v in stacked.items()}
+
+
+def _all_moved(before: Tensor, after: Tensor, told: Tensor) -> bool:
+    """Whether each element that was told to move has another value, in at least one of its entries."""
+    changed, told = before != after, told.to(before.device)
+    inside = [d for d in range(1, told.dim()) if told.shape[d] == 1]
+    if inside:
+        changed, told = changed.any(inside, keepdim=True), told.any(inside, keepdim=True)
+    return bool((changed | ~told).all())
 
 
 def _require_finite(densities: Mapping[Any, Tensor], finite: bool) -> None:

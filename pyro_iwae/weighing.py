@@ -23,6 +23,7 @@ from pyro_iwae.densities import infinity_message, nan_message, varies_along
 from pyro_iwae.handlers import Minibatch
 from pyro_iwae.leaves import cuts_of
 from pyro_iwae.logweights import LogWeights
+from pyro_iwae.memory import advice_on_memory
 from pyro_iwae.particles import Call, Run, run_particles, runs_of
 from pyro_iwae.plates import Layout, Scale, Site, latent_sites, own_scale, same_scale
 from pyro_iwae.structure import Structure, StructureCache
@@ -113,15 +114,16 @@ def weigh_particles(
     known = question.known
 
     def run(structure: Structure) -> list[Pair]:
-        return run_particles(
-            call,
-            num_particles=num_particles,
-            run=structure.run,
-            minibatch=minibatch,
-            values=values,
-            sites=sites,
-            recording=recording,
-        )
+        with advice_on_memory(num_particles, structure.run.tree, chunked=among is not None):
+            return run_particles(
+                call,
+                num_particles=num_particles,
+                run=structure.run,
+                minibatch=minibatch,
+                values=values,
+                sites=sites,
+                recording=recording,
+            )
 
     structure = question.answer()
     try:

@@ -67,7 +67,7 @@ def spec_of(program, name):
 
 
 def is_vector(program, name):
-    return name == "joint" or spec_of(program, name).family == "vector"
+    return name == "joint" or spec_of(program, name).event is not None
 
 
 def wide_dims(program, name):

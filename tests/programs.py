@@ -32,8 +32,9 @@ class PlateSpec:
 class SiteSpec:
     """A site of the model: where it lies, what it depends on, how it is distributed.
 
-    ``family``: normal, vector (two event entries), detached (a Gaussian without rsample), gamma, coin, levels (one of
-    three); observations may also be counts, a factor, or mixture (a coin summed out by enumeration above a Gaussian).
+    ``family``: normal, vector (two event entries), detached (a Gaussian without rsample), gamma, coin, coins (two that
+    seldom fall on 1, in one event), levels (one of three), counts, onehot; observations may also be a factor, or
+    mixture (a coin summed out by enumeration above a Gaussian).
     """
 
     name: str
@@ -42,6 +43,21 @@ class SiteSpec:
     family: str
     mask: str | None = None
     scale: float = 1.0
+
+    @property
+    def event(self):
+        """Event entries."""
+        return {"vector": 2, "coins": 2, "onehot": 3}.get(self.family)
+
+    @property
+    def event_dim(self):
+        return 0 if self.event is None else 1
+
+    def total(self, value):
+        """One number for each place: what it contributes to a child's mean."""
+        if self.family == "onehot":  # its sum is always 1
+            return value[..., 1] - 0.5 * value[..., 2]
+        return value.sum(-1) if self.event else value
 
 
 @dataclass(frozen=True, eq=False)
@@ -115,7 +131,7 @@ class Program:
         found = {}
         for spec in self.latents + self.observations:
             shape = [self.plate[n].size if n in spec.plates else 1 for n in self.plate]
-            event = [2] if spec.family == "vector" else []
+            event = [spec.event] if spec.event else []
             found[spec.name] = pyro.param(f"p_{spec.name}", draw(*event))
             if spec in self.latents:
                 found[f"q_{spec.name}"] = pyro.param(f"q_{spec.name}", draw(*shape, *event))
@@ -130,11 +146,7 @@ class Program:
         return max(sum(sizes), 1)
 
     def numel(self, spec):
-        return int(torch.tensor([self.plate[n].count for n in spec.plates] + [1]).prod()) * self.event(spec)
-
-    @staticmethod
-    def event(spec):
-        return 2 if spec.family == "vector" else 1
+        return int(torch.tensor([self.plate[n].count for n in spec.plates] + [1]).prod()) * (spec.event or 1)
 
     def model(self):
         numbers, plates, values = self.parameters(), self._plates(""), {}
@@ -195,7 +207,7 @@ class Program:
 
     def _part(self, value, spec, element, plates):
         """What belongs to the site's place and minibatch, out of numbers for all elements of all plates."""
-        event = 1 if spec.family == "vector" else 0
+        event = spec.event_dim
         sequential, wide = [p for p in self.plates if p.dim is None], [p for p in self.plates if p.dim is not None]
         order = [self.plates.index(p) for p in sequential + sorted(wide, key=lambda p: p.dim)]
         value = value.permute([*order, *range(len(order), value.dim())])
@@ -220,19 +232,22 @@ class Program:
             total = 0.0
             for key, value in values[name].items():
                 if all(element[n][0] == position for n, position in key if n in element):
-                    if parent.family == "vector":
-                        value = value.sum(-1)
+                    value = parent.total(value)
                     lost = [self.plate[n].dim for n in parent.plates if n not in spec.plates]
                     for dim in [d for d in lost if d is not None]:
                         value = value.sum(dim, keepdim=True)
                     total = total + value
             term = (0.5 + 0.2 * order) * total
-            mean = mean + (term.unsqueeze(-1) if spec.family == "vector" else term)
+            mean = mean + (term.unsqueeze(-1) if spec.event else term)
         return mean
 
     def _fn(self, family, mean, width=1.0):
         if family == "coin":
             return dist.Bernoulli(logits=mean)
+        if family == "coins":
+            return dist.Bernoulli(logits=0.5 * mean - 2.0).to_event(1)
+        if family == "onehot":
+            return dist.OneHotCategorical(logits=mean)
         if family == "levels":
             return dist.Categorical(logits=torch.stack([0.0 * mean, mean, -0.5 * mean], -1))
         if family == "gamma":
@@ -284,12 +299,12 @@ class Program:
         for name in spec.parents:
             if name in values and set(self.site[name].plates) <= set(spec.plates):
                 parent = values[name][tuple((n, p) for n, p in key if n in self.site[name].plates)]
-                parent = 0.3 * (parent.sum(-1) if self.site[name].family == "vector" else parent)
-                mean = mean + (parent.unsqueeze(-1) if spec.family == "vector" else parent)
+                parent = 0.3 * self.site[name].total(parent)
+                mean = mean + (parent.unsqueeze(-1) if spec.event else parent)
         if spec.name in self.helped:
             helper = self.helper(spec)
             value = values[helper.name][tuple((n, p) for n, p in key if n in helper.plates)]
-            mean = mean + (value.unsqueeze(-1) if spec.family == "vector" else value)
+            mean = mean + (value.unsqueeze(-1) if spec.event else value)
         with self._handlers(spec):
             value = self._draw(label, self._fn(spec.family, mean, 0.8), drawn, {})
         values.setdefault(spec.name, {})[key] = value
@@ -317,7 +332,7 @@ class Program:
         flat = drawn["joint"][..., start : start + self.numel(spec)]
         ordered = [n for n in spec.plates if self.plate[n].dim is None]
         wide = sorted((self.plate[n] for n in spec.plates if self.plate[n].dim is not None), key=lambda p: p.dim)
-        event = [2] if spec.family == "vector" else []
+        event = [spec.event] if spec.event else []
         shape = [1] * (-min([p.dim for p in wide], default=0))
         for p in wide:
             shape[p.dim] = p.count
@@ -335,20 +350,22 @@ class Program:
 
 def possible(family, data):
     """Data that the family allows."""
-    if family == "coin":
+    if family in ("coin", "coins"):
         return (data > 0.0).to(data)
     if family == "levels":
         return (data > 0.0).long() + (data > 1.0).long()
     if family == "gamma":
         return data.abs() + 0.1
+    if family == "onehot":
+        return torch.nn.functional.one_hot(data.argmax(-1), data.shape[-1]).to(data)
     return data.abs().round() if family == "counts" else data
 
 
 # Random programs
 
 NAMES = "abc"
-LATENT = ("normal", "vector", "detached", "coin", "levels", "gamma")
-SEEN = ("normal", "vector", "coin", "levels", "gamma", "counts", "factor", "mixture")
+LATENT = ("normal", "vector", "detached", "coin", "coins", "levels", "gamma", "counts", "onehot")
+SEEN = (*LATENT[:2], *LATENT[3:], "factor", "mixture")
 
 
 @st.composite

@@ -18,6 +18,7 @@ from pyro.infer import ELBO, SVI, Trace_ELBO, TraceEnum_ELBO
 from pyro.infer.autoguide import AutoNormal
 from pyro.infer.reparam import LocScaleReparam
 from pyro.nn import PyroModule, PyroParam, PyroSample
+from pyro.optim import Adam
 from torch import nn
 
 from pyro_iwae import VIMCO, ImportanceWeightedELBO, LogWeights, Pathwise, exact
@@ -377,8 +378,20 @@ def test_without_gradients():
     with torch.no_grad():
         assert math.isfinite(elbo.loss(gaussian_model, gaussian_guide))
         assert not elbo.bound(gaussian_model, gaussian_guide).requires_grad
-        assert math.isfinite(elbo.loss_and_grads(gaussian_model, gaussian_guide))
     assert elbo.bound(gaussian_model, gaussian_guide).requires_grad
+
+
+@pytest.mark.parametrize("off", [torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("compiled", [False, True])
+def test_training_without_gradients_raises(off, compiled):
+    """A step that trains nothing would pass for one that does."""
+    elbo = ImportanceWeightedELBO(num_particles=3, compile=compiled)
+    svi = SVI(gaussian_model, gaussian_guide, Adam({"lr": 0.1}), elbo)
+    with off(), pytest.raises(RuntimeError, match=r"expected gradients to be on .* svi.evaluate_loss"):
+        svi.step()
+    with torch.no_grad():
+        assert math.isfinite(svi.evaluate_loss())
+    assert math.isfinite(svi.step())
 
 
 @pytest.mark.parametrize("vectorize", [None, True, False])

@@ -9,8 +9,10 @@ import pytest
 import torch
 from pyro import poutine
 
-from pyro_iwae import ImportanceResampledGuide
+from pyro_iwae import ImportanceResampledGuide, LogWeights
 from pyro_iwae.exact import Bernoulli, Gamma
+from pyro_iwae.expectation import WeightedMean
+from pyro_iwae.plates import IndependentPlate, Layout
 from tests.statistics import assert_mean, assert_mean_below, assert_same_mean
 
 K = 6
@@ -314,3 +316,83 @@ def test_function_that_drops_the_particles(fn):
     posterior = ImportanceResampledGuide(local_model, local_guide, K)
     with pytest.raises(ValueError, match=rf"\({K}, ...\)"):
         posterior.expectation(fn)
+
+
+# Which dimension of a result is which plate's must not rest on particles that happen to be alike
+
+DATA = torch.tensor([[0.0, 1.0], [2.0, -1.0]], dtype=torch.float64)
+DRAWN = {"counts": lambda shape: torch.poisson(torch.full(shape, 0.3)), "numbers": torch.randn}
+SQUARE = {  # results with other dimensions of the same sizes as the plates
+    "value": lambda z: z,
+    "behind": lambda z: torch.stack([z, 2.0 * z], -1),
+    "in front": lambda z: torch.stack([z, 2.0 * z], 1),
+    "large": lambda z: (z.unsqueeze(-1) > torch.tensor([1.0, 0.5])).double(),
+}
+PLACE = {"behind": -1, "large": -1, "in front": 1}  # where such a result has a dimension that is not a plate's
+
+
+TABLE = Layout((IndependentPlate("rows", -2, 2, 1.0), IndependentPlate("data", -1, 2, 1.0)))
+
+
+def mean_of(fn, z, chunk_size):
+    """The mean of fn over particles of standard Gaussian latents, chunk by chunk; and their weights."""
+    with poutine.trace() as tracer, pyro.plate("rows", 2, dim=-2), pyro.plate("data", 2, dim=-1):
+        pyro.sample("z", dist.Normal(0.0, 1.0))
+    log_weights = dist.Normal(1.5 * z, 1.0).log_prob(DATA)
+    mean = WeightedMean(lambda values: fn(values["z"]))
+    for some, column in zip(z.split(chunk_size), log_weights.split(chunk_size), strict=True):
+        weights = LogWeights(column, ("rows", "data"))
+        mean.add({"z": some}, {"z": tracer.trace.nodes["z"]}, weights, TABLE)
+    return mean.value, log_weights.softmax(0)
+
+
+@pytest.mark.parametrize("chunk_size", [2, 4, 6])
+@pytest.mark.parametrize("name", SQUARE)
+@pytest.mark.parametrize("family", DRAWN)
+def test_particles_that_are_alike(family, name, chunk_size, double):
+    """Right, or refused: particles of a chunk that all give one value do not show what belongs where."""
+    fn, refused = SQUARE[name], 0
+    for seed in range(100):
+        pyro.set_rng_seed(seed)
+        z = DRAWN[family]((K, 2, 2))
+        try:
+            found, weights = mean_of(fn, z, chunk_size)
+        except ValueError as error:
+            assert chunk_size < K and "pass a larger chunk_size" in str(error)
+            refused += 1
+            continue
+        weights = weights.unsqueeze(PLACE[name]) if name in PLACE else weights
+        torch.testing.assert_close(found, (weights * fn(z)).sum(0))
+    assert refused <= 50
+
+
+def test_chunks_that_show_nothing_are_refused(double):
+    """One value in each chunk, another in the next: each way to lay the weights along the result gives another mean."""
+    z = torch.cat([torch.zeros(2, 2, 2), torch.ones(4, 2, 2)])
+    with pytest.raises(ValueError, match="pass a larger chunk_size"):
+        mean_of(SQUARE["behind"], z, 2)
+    found, weights = mean_of(SQUARE["value"], z, 2)  # there is one way only
+    torch.testing.assert_close(found, (weights * z).sum(0))
+
+
+def test_coin_in_a_minibatch_of_a_sequential_plate(double):
+    """All but one particle alike: the two elements of the sequential plate must not be taken for each other."""
+
+    def program(is_model):
+        data, inner = pyro.plate("data", 2, dim=-2), pyro.plate("inner", 1, dim=-1)
+        for i in pyro.plate("rows", 2):
+            with data:
+                y = pyro.sample(f"y_{i}", dist.Normal(0.0, 1.0))
+                with inner:
+                    z = pyro.sample(f"z_{i}", dist.Bernoulli(torch.tensor(0.5)))
+                if is_model:
+                    pyro.sample(f"x_{i}", dist.Normal(y + 1.5 * z, 1.0), obs=torch.tensor([[0.5 + i], [1.0 - i]]))
+
+    posterior = ImportanceResampledGuide(lambda: program(True), lambda: program(False), 5)
+    for seed in range(100):
+        pyro.set_rng_seed(seed)
+        calls = []
+        found = posterior.expectation(lambda z, calls=calls: calls.append(z) or z["z_1"], num_batches=1)
+        y, z = calls[0]["y_1"], calls[0]["z_1"]
+        weights = dist.Normal(y + 1.5 * z, 1.0).log_prob(torch.tensor([[1.5], [0.0]])).softmax(0)
+        torch.testing.assert_close(found, (weights * z).sum(0))

@@ -34,7 +34,7 @@ ORDER = [
     {"density", "plates", "state"},
     {"checkpoint", "parts"},
     {"densities", "drawn", "replaying", "tree", "watching"},
-    {"flows", "step", "updates"},
+    {"flows", "memory", "step", "updates"},
     {"edges"},
     {"cutting"},
     {"handlers", "traces"},

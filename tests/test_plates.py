@@ -443,6 +443,82 @@ def test_mixing_of_what_two_coins_have_in_common_is_found(program, vectorize):
         assert elbo.log_weights(lambda: program(True), lambda: program(False)).plates == ()
 
 
+RARE = {  # most draws are alike, so that moving an element to another particle's value would move nothing
+    "Poisson": lambda: dist.Poisson(torch.tensor(0.05)),
+    "geometric": lambda: dist.Geometric(torch.tensor(0.95)),
+    "binomials": lambda: dist.Binomial(torch.tensor([1.0, 2.0]), torch.tensor(0.05)),
+    "zero-inflated": lambda: dist.ZeroInflatedPoisson(torch.tensor(1.0), gate=torch.tensor(0.9)),
+    "negative binomial": lambda: dist.NegativeBinomial(torch.tensor(1.0), torch.tensor(0.05)),
+    "beta-binomial": lambda: dist.BetaBinomial(torch.tensor(1.0), torch.tensor(20.0), torch.tensor(3.0)),
+    "coins": lambda: dist.Bernoulli(torch.full((2,), 0.05)).to_event(1),
+    "one-hot": lambda: dist.OneHotCategorical(torch.tensor([0.96, 0.02, 0.02])),
+    "multinomial": lambda: dist.Multinomial(2, torch.tensor([0.98, 0.02])),
+}
+
+
+@pytest.mark.parametrize("vectorize", [None, False])
+@pytest.mark.parametrize("family", RARE)
+def test_mixing_of_what_is_seldom_other_than_usual_is_found(family, vectorize):
+    fn = RARE[family]
+    events = fn().event_dim
+
+    def total(z):
+        return (z * torch.arange(1.0, 1.0 + z.shape[-1])).sum(-1) if events else z
+
+    def model():
+        with pyro.plate("data", 2):
+            z = total(pyro.sample("z", fn()))
+            normal("x", z, obs=torch.tensor([0.3, 1.0]))
+        normal("y", z.sum(-1, keepdim=True), obs=torch.tensor([1.0]))
+
+    def guide():
+        with pyro.plate("data", 2):
+            pyro.sample("z", fn())
+
+    for seed in range(10):
+        pyro.set_rng_seed(seed)
+        elbo = ImportanceWeightedELBO(num_particles=2, vectorize_particles=vectorize)
+        assert elbo.log_weights(model, guide).plates == (), seed
+
+
+class SpikeAndSlab(dist.TorchDistribution):
+    """Zero with probability 0.7, else standard Gaussian; the support does not show that values are alike."""
+
+    arg_constraints, support, has_rsample = {}, dist.constraints.real, False
+
+    def __init__(self, batch_shape=()):
+        super().__init__(torch.Size(batch_shape), validate_args=False)
+
+    def expand(self, batch_shape, _instance=None):
+        return SpikeAndSlab(batch_shape)
+
+    def sample(self, sample_shape=()):
+        shape = self._extended_shape(sample_shape)
+        return torch.randn(shape) * (torch.rand(shape) < 0.3)
+
+    def log_prob(self, value):
+        return torch.where(value == 0.0, math.log(0.7), math.log(0.3) + dist.Normal(0.0, 1.0).log_prob(value))
+
+
+@pytest.mark.parametrize("vectorize", [None, False])
+def test_each_element_must_have_differed_in_a_conclusive_check(vectorize):
+    """Only the first one is seen outside of the plate, and is the same in two particles with probability 1/2."""
+
+    def model():
+        with pyro.plate("data", 2):
+            z = pyro.sample("z", SpikeAndSlab())
+        normal("y", z[..., :1], obs=torch.tensor([1.0]))
+
+    def guide():
+        with pyro.plate("data", 2):
+            pyro.sample("z", SpikeAndSlab())
+
+    for seed in range(20):
+        pyro.set_rng_seed(seed)
+        elbo = ImportanceWeightedELBO(num_particles=2, vectorize_particles=vectorize)
+        assert [elbo.log_weights(model, guide).plates for _ in range(5)][-1] == (), seed
+
+
 @pytest.mark.parametrize("vectorize", [None, False])
 def test_every_latent_must_have_differed_in_a_conclusive_check(vectorize, unchecked):
     """The one that mixes may be the same in all particles of a check while the other one differs."""

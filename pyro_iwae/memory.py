@@ -1,0 +1,56 @@
+# Copyright Contributors to the pyro_iwae project.
+# SPDX-License-Identifier: Apache-2.0
+
+"""What to write where particles do not fit in memory."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from pyro_iwae.tree import Tree
+
+__all__ = ["advice_on_memory"]
+
+OUT_OF_MEMORY = (
+    "can't allocate memory",  # torch on a CPU
+    "not enough memory",  # the same on Windows
+    "out of memory",  # a GPU, and any other device
+    "Storage size calculation overflowed",
+)
+
+
+@contextmanager
+def advice_on_memory(num_particles: int, tree: Tree, *, chunked: bool = False) -> Iterator[None]:
+    """Adds to the error of an allocation that fails how particles come to need less.
+
+    Args:
+        num_particles: particles of the root that are in memory together.
+        tree: which plates have particles of their own.
+        chunked: whether they are a chunk already.
+
+    Raises:
+        RuntimeError: of the type that was raised (``torch.OutOfMemoryError`` on a GPU), or MemoryError.
+    """
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        text = str(error)
+        if num_particles == 1 and not tree.grows:
+            raise
+        if not (isinstance(error, MemoryError) or any(mark in text for mark in OUT_OF_MEMORY)):
+            raise
+        kind = type(error) if isinstance(error, RuntimeError) else MemoryError
+        raise kind(f"{_what(num_particles, tree)}; {_instead(num_particles, tree, chunked)}\n{text}") from error
+
+
+def _what(num_particles: int, tree: Tree) -> str:
+    inside = f", each with those of {tree.plates}," if tree.grows else ""
+    return f"{num_particles} particles{inside} do not fit in memory at once"
+
+
+def _instead(num_particles: int, tree: Tree, chunked: bool) -> str:
+    if tree.combined:
+        return "lower num_particles or plate_particles"
+    fewer = "pass a smaller chunk_size" if chunked else f"pass chunk_size= below {num_particles}"
+    return f"{fewer}, or lower plate_particles" if tree.grows else fewer
