@@ -7,6 +7,9 @@ After "Reinterpreting Importance-Weighted Autoencoders" (Cremer, Morris, Duvenau
 https://arxiv.org/abs/1704.02916). Importing the package changes nothing in torch or Pyro.
 """
 
+import pyro_iwae.versions  # noqa: F401  first: raises where torch or Pyro is too old for what follows
+
+# isort: split
 from pyro_iwae.checkpoint import Checkpoint
 from pyro_iwae.citation import citation
 from pyro_iwae.compiled_svi import CompiledSVI

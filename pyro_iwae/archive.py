@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import tempfile
@@ -20,6 +21,8 @@ from torch import Tensor
 __all__ = ["read", "require_folder", "write", "write_whole"]
 
 FACTS = "facts"
+# What numpy and zipfile raise where a byte of a header is another: no such compression, a place before the start, ...
+ALTERED = (zipfile.BadZipFile, EOFError, KeyError, TypeError, ValueError, NotImplementedError, RuntimeError, OSError)
 
 
 def require_folder(path: str | os.PathLike[str]) -> None:
@@ -80,12 +83,14 @@ def read(path: str | os.PathLike[str], *, kind: str) -> tuple[dict[str, Tensor],
     Raises:
         ValueError: where the file is cut short, altered, or another kind of file.
     """
+    with open(path, "rb") as file:
+        whole = io.BytesIO(file.read())  # so that what cannot be opened says so itself
     try:
-        with open(path, "rb") as whole, np.load(whole, allow_pickle=False) as file:
-            arrays = {name: file[name] for name in file.files}
+        with np.load(whole, allow_pickle=False) as archive:
+            arrays = {name: archive[name] for name in archive.files}
         facts = json.loads(arrays.pop(FACTS).tobytes())
         found = facts["kind"]
-    except (zipfile.BadZipFile, EOFError, KeyError, TypeError, ValueError) as error:
+    except ALTERED as error:
         raise ValueError(
             f"expected a whole file written by {kind}.save, got {os.fspath(path)!r}, which is cut short, altered or "
             f"something else ({type(error).__name__}: {error})"

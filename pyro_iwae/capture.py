@@ -97,10 +97,11 @@ class Graph:
     def _compiled(self, inputs: list[Any], options: dict[str, Any]) -> Run:
         import torch._inductor as inductor
 
+        known = {n: v for n, v in options.items() if hasattr(inductor.config, n)}  # torch 2.5 never reorders
         with torch.no_grad(), warnings.catch_warnings(), _refusing_slow_calls():
             warnings.simplefilter("ignore")  # of the compiler's own doings
             try:
-                compiled: Run = inductor.compile(self.module, inputs, options=dict(options))
+                compiled: Run = inductor.compile(self.module, inputs, options=known)
             except Exception:
                 if options is OPTIONS:
                     raise
@@ -239,11 +240,7 @@ def _lift(module: GraphModule) -> list[Tensor]:
             continue
         tensor = getattr(module, str(node.target))
         if not isinstance(tensor, Tensor):
-            raise NotImplementedError(
-                f"compile=True records operations on tensors; the step computes with a {type(tensor).__name__} of its "
-                "own, which would not go on from step to step. Use torch's global generator, draw fixed numbers "
-                "outside of model and guide, or write compile=False"
-            )
+            raise _own_state(type(tensor).__name__)
         if id(tensor) not in found:
             place = module.graph.inserting_after(after) if after else module.graph.inserting_before()
             with place:
@@ -253,6 +250,14 @@ def _lift(module: GraphModule) -> list[Tensor]:
         node.replace_all_uses_with(found[id(tensor)][1])
         module.graph.erase_node(node)
     return [tensor for tensor, _ in found.values()]
+
+
+def _own_state(kind: str) -> NotImplementedError:
+    return NotImplementedError(
+        f"compile=True records operations on tensors; the step computes with a {kind} of its own, which would not go "
+        "on from step to step. Use torch's global generator, draw fixed numbers outside of model and guide, or write "
+        "compile=False"
+    )
 
 
 class _ReadError(Exception):
@@ -267,6 +272,8 @@ class _Reading(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if isinstance(kwargs.get("generator"), torch.Generator):
+            raise _own_state("Generator")
         if func in (*UNSEEN, Tensor.unbind):
             mode = get_proxy_mode()
             recorded = mode is not None and args[0] in mode.tracer.tensor_tracker

@@ -223,7 +223,9 @@ def _adam(slot: Slot, gradient: Tensor, count: Tensor, write: Write) -> None:
     group, p = slot.group, slot.parameter
     (beta1, beta2), lr, decay = group["betas"], slot.first_lr, group["weight_decay"]
     gradient, value = -gradient if group["maximize"] else gradient, p.detach()
-    if decay and group.get("decoupled_weight_decay", False):
+    # Before torch 2.6 the class alone says so.
+    decoupled = isinstance(slot.optimizer, torch.optim.AdamW) or group.get("decoupled_weight_decay", False)
+    if decay and decoupled:
         value = value * (1.0 - lr * decay)
     elif decay:
         gradient = gradient + decay * value
@@ -247,7 +249,7 @@ def _clipped_adam(slot: Slot, gradient: Tensor, count: Tensor, write: Write) -> 
     if group["weight_decay"]:
         gradient = gradient + group["weight_decay"] * value
     mean = beta1 * slot.state["exp_avg"] + (1.0 - beta1) * gradient
-    spread = gradient - mean if group["centered_variance"] else gradient
+    spread = gradient - mean if group.get("centered_variance") else gradient  # since Pyro 1.9.1
     square = beta2 * slot.state["exp_avg_sq"] + (1.0 - beta2) * spread * spread
     size = slot.first_lr * group["lrd"] ** count * (1.0 - beta2**count).sqrt() / (1.0 - beta1**count)
     write(p, value - size.to(p.dtype) * mean / (square.sqrt() + group["eps"]))

@@ -9,6 +9,7 @@ Models and guides that do not fit, and numbers that are none, are in ``test_erro
 import math
 
 import pyro
+import pyro.distributions as dist
 import pytest
 import torch
 from pyro.infer import Trace_ELBO
@@ -63,6 +64,7 @@ def compiled(**options):
     )
 
 
+HUGE, CHUNK = 10**15, f"pass chunk_size= below {10**15}"
 WHOLE, CALLABLE = "to be a whole number, got ", "to be callable"
 NOT_CALLED = [
     # ELBO
@@ -70,6 +72,7 @@ NOT_CALLED = [
     ("K is NaN", lambda: elbo(num_particles=math.nan), TypeError, f"num_particles {WHOLE}nan"),
     ("K is text", lambda: elbo(num_particles="3"), TypeError, f"num_particles {WHOLE}'3'"),
     ("K is a switch", lambda: elbo(num_particles=True), TypeError, f"num_particles {WHOLE}True"),
+    ("K of 30 digits", lambda: elbo(num_particles=10**30), ValueError, "num_particles <= .*, got 10{30}"),
     ("chunk of none", lambda: elbo(chunk_size=0), ValueError, "chunk_size >= 1, got 0"),
     ("chunk is a fraction", lambda: elbo(chunk_size=2.5), TypeError, f"chunk_size {WHOLE}2.5"),
     (
@@ -199,6 +202,28 @@ CALLED = [
     ("rows of none", lambda: elbo().loss(model, guide, DATA[:0]), ZeroDivisionError, "size cannot be zero"),  # Pyro's
     ("evaluation and a number", lambda: evaluated() + 3, TypeError, "unsupported operand"),
     ("level", lambda: evaluated().interval(2.0), ValueError, "level between 0 and 1, as in 0.95, got 2.0"),
+    ("K beyond memory", lambda: elbo(num_particles=HUGE).loss(model, guide), RuntimeError, f"{HUGE} .*{CHUNK}"),
+    ("trained", lambda: elbo(num_particles=HUGE).loss_and_grads(model, guide), RuntimeError, f"{HUGE} .*{CHUNK}"),
+    ("drawn", lambda: posterior(num_particles=HUGE)(), RuntimeError, f"{HUGE} .*{CHUNK}"),
+    ("evaluated with", lambda: evaluated(num_particles=HUGE), RuntimeError, f"{HUGE} .*{CHUNK}"),
+    (
+        "chunk beyond memory",
+        lambda: elbo(num_particles=10 * HUGE, chunk_size=HUGE).loss(model, guide),
+        RuntimeError,
+        f"^{HUGE} particles do not fit in memory at once; pass a smaller chunk_size",
+    ),
+    (
+        "plates beyond memory",
+        lambda: elbo(plate_particles={"data": HUGE}).loss(model, guide),
+        RuntimeError,
+        r"each with those of \['data'\], .* below 3, or lower plate_particles",
+    ),
+    (
+        "combined beyond memory",
+        lambda: elbo(plate_particles={"data": HUGE}, combine=True).loss(model, guide),
+        RuntimeError,
+        "lower num_particles or plate_particles",
+    ),
     ("fewest", lambda: evaluated().worst(0), ValueError, "count >= 1, got 0"),
 ]
 ROWS = [(*row, False) for row in NOT_CALLED] + [(*row, True) for row in CALLED]
@@ -214,3 +239,38 @@ def test_what_is_said(ask, kind, message, runs):
         finally:
             assert host_state() == switches
             assert runs or torch.equal(get_rng_state()["torch"], generator)
+
+
+@pytest.mark.parametrize("error", [RuntimeError("CUDA out of memory. Tried to allocate 2 GiB"), MemoryError()])
+def test_backward_pass_beyond_memory(error):
+    class Large(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, gradient):
+            raise error
+
+    def large_guide():
+        with pyro.plate("data", 3):
+            pyro.sample("z", dist.Normal(Large.apply(pyro.param("phi", torch.zeros(3))), 1.0))
+
+    with raises_cleanly(elbo(), type(error), "3 particles do not fit in memory at once; pass chunk_size= below 3"):
+        elbo().loss_and_grads(model, large_guide)
+    with raises_cleanly(elbo(), type(error), "^$" if isinstance(error, MemoryError) else "^CUDA out of memory"):
+        elbo(num_particles=1).loss_and_grads(model, large_guide)  # there is nothing to make smaller
+
+
+def test_other_errors_of_a_model_are_its_own():
+    def broken():
+        raise RuntimeError("the data base is down")
+
+    with raises_cleanly(elbo(), RuntimeError, "^the data base is down"):
+        elbo().loss(broken, guide)
+
+
+def test_a_chunk_may_be_larger_than_K():
+    pyro.set_rng_seed(0)
+    loss = elbo(chunk_size=100).loss(model, guide)
+    assert math.isfinite(loss)

@@ -25,6 +25,7 @@ ORDER = [
         "products",
         "replay",
         "totals",
+        "versions",
     },
     {"capture", "ways"},
     {"cut"},
