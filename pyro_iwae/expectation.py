@@ -84,7 +84,7 @@ class WeightedMean:
         for way in (way for way in self._ways if way.fits):
             part = (way.align(slope) * result).sum(0)
             if before is not None:
-                share = self._totals.slope(before.log_sum.unsqueeze(0))  # of all that came before
+                share = self._totals.share(before).unsqueeze(0)  # of all that came before
                 part = part + (way.align(share) * way.value.unsqueeze(0)).squeeze(0)
             way.value = part
 
@@ -93,7 +93,7 @@ class WeightedMean:
         if self._totals is None:
             raise ValueError("expected particles, got none")
         everyone = self._totals.gathered(gather, count)
-        share = everyone.slope(self._totals.log_sum.unsqueeze(0))
+        share = everyone.share(self._totals).unsqueeze(0)
         errors = gather(share.new_tensor([way.error for way in self._ways])).amax(0).tolist()
         for way, error in zip(self._ways, errors, strict=True):
             way.error = error  # what one process has seen not to fit does not

@@ -247,7 +247,7 @@ class Program:
         if family == "coins":
             return dist.Bernoulli(logits=0.5 * mean - 2.0).to_event(1)
         if family == "onehot":
-            return dist.OneHotCategorical(logits=mean)
+            return dist.OneHotCategorical(logits=mean * torch.tensor([0.0, 1.0, -0.5]))  # a common shift would be none
         if family == "levels":
             return dist.Categorical(logits=torch.stack([0.0 * mean, mean, -0.5 * mean], -1))
         if family == "gamma":

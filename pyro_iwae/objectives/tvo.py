@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import torch
@@ -70,38 +70,49 @@ class TVO(Objective):
 
 @dataclass(frozen=True, eq=False)
 class _Tilted:
-    """m = sum_k v_k log w_k with v_k in proportion to w_k^beta, and its derivatives."""
+    """m = sum_k v_k log w_k with v_k in proportion to w_k^beta, and its derivatives; m is kept over the largest."""
 
     beta: float
-    log_sum: Tensor
+    shares: LogMean
+    largest: Tensor
     mean: Tensor
 
     @classmethod
     def of(cls, log_weights: Tensor, beta: float) -> _Tilted:
         log_weights = log_weights.detach()
+        largest = log_weights.amax(0)
+        relative = log_weights - torch.where(largest.isinf(), 0.0, largest)
         if beta == 0.0:
-            count = torch.full_like(log_weights[0], float(log_weights.shape[0]))
-            return cls(beta, count.log(), log_weights.mean(0))
-        log_sum = (beta * log_weights).logsumexp(0)
-        finite = torch.where(log_weights == -math.inf, 0.0, log_weights)  # 0 * -inf is NaN
-        mean = ((beta * log_weights - log_sum).exp() * finite).sum(0)
-        return cls(beta, log_sum, torch.where(log_sum == -math.inf, -math.inf, mean))
+            return cls(beta, LogMean.of(torch.zeros_like(log_weights)), largest, relative.mean(0))
+        shares = LogMean.of(log_weights, beta)
+        finite = torch.where(log_weights == -math.inf, 0.0, relative)  # 0 * -inf is NaN
+        mean = (shares.slope(log_weights) * finite).sum(0)
+        return cls(beta, shares, largest, torch.where(largest == -math.inf, -math.inf, mean))
 
-    def gathered(self, gather: Gather) -> _Tilted:
-        both = gather(torch.stack([self.log_sum, self.mean]))
-        log_sum = both[:, 0].logsumexp(0)
-        shares = torch.where(both[:, 0] == -math.inf, 0.0, (both[:, 0] - log_sum).exp())
-        mean = torch.where(shares == 0.0, 0.0, shares * both[:, 1]).sum(0)  # 0 * -inf is NaN
-        return _Tilted(self.beta, log_sum, torch.where(log_sum == -math.inf, -math.inf, mean))
+    @property
+    def origin(self) -> Tensor:
+        """What the mean is measured from."""
+        return torch.where(self.largest.isinf(), 0.0, self.largest)
+
+    @property
+    def value(self) -> Tensor:
+        return self.origin + self.mean
+
+    def gathered(self, gather: Gather, count: int) -> _Tilted:
+        whole = replace(self, shares=self.shares.gathered(gather, count), largest=gather(self.largest).amax(0))
+        share = whole.shares.share(self.shares)
+        part = torch.where(share == 0.0, 0.0, share * (self.mean + (self.origin - whole.origin)))  # 0 * -inf is NaN
+        impossible = (whole.largest == -math.inf) & (self.beta != 0.0)
+        return replace(whole, mean=torch.where(impossible, -math.inf, gather(part).sum(0)))
 
     def _share_and_pull(self, log_weights: Tensor) -> tuple[Tensor, Tensor]:
         """v_k, and u_k = 1 + beta (log w_k - m), so that dm / dlog w_k = v_k u_k; 0 for impossible particles."""
         impossible = log_weights == -math.inf
         if self.beta == 0.0:
-            share, pull = (-self.log_sum).exp().expand(log_weights.shape), torch.ones_like(log_weights)
+            share, pull = self.shares.slope(torch.zeros_like(log_weights)), torch.ones_like(log_weights)
         else:
-            share = (self.beta * log_weights - self.log_sum).exp()
-            pull = 1.0 + self.beta * (log_weights - self.mean)
+            share = self.shares.slope(log_weights)
+            pull = 1.0 + self.beta * (log_weights - self.origin - self.mean)
         return torch.where(impossible, 0.0, share), torch.where(impossible, 0.0, pull)
 
     def slope(self, log_weights: Tensor) -> Tensor:
@@ -122,7 +133,9 @@ class _Riemann(Totals):
     rising = False
 
     def gathered(self, gather: Gather, count: int) -> _Riemann:
-        return _Riemann(self.widths, [p.gathered(gather) for p in self.parts], self.bound.gathered(gather, count))
+        return _Riemann(
+            self.widths, [p.gathered(gather, count) for p in self.parts], self.bound.gathered(gather, count)
+        )
 
     @property
     def linear(self) -> bool:  # type: ignore[override]
@@ -134,7 +147,7 @@ class _Riemann(Totals):
 
     @property
     def value(self) -> Float[Tensor, "*plates"]:
-        return _sum(width * part.mean for width, part in zip(self.widths, self.parts, strict=True))
+        return _sum(width * part.value for width, part in zip(self.widths, self.parts, strict=True))
 
     def slope(self, log_weights: Float[Tensor, "particles *plates"]) -> Float[Tensor, "particles *plates"]:
         log_weights = log_weights.detach()
