@@ -120,9 +120,7 @@ class LogMean(Totals):
     def of(cls, log_weights: Float[Tensor, "particles *plates"], power: float = 1.0) -> LogMean:
         """Totals of one block of particles."""
         terms = log_weights.detach() if power == 1.0 else log_weights.detach() * power
-        largest, position = terms.max(0, keepdim=True)
-        rest = (terms - _finite(largest)).scatter(0, position, -math.inf).logsumexp(0)
-        return cls(largest.squeeze(0), rest, terms.shape[0], power)
+        return cls(*_largest_and_rest(terms), terms.shape[0], power)
 
     def merge(self, other: LogMean) -> LogMean:
         """Totals of two blocks of particles together; associative and commutative."""
@@ -134,11 +132,9 @@ class LogMean(Totals):
 
     def gathered(self, gather: Gather, count: int) -> LogMean:
         parts = gather(torch.stack([self.largest, self.rest]))
-        largest, position = parts[:, 0].max(0, keepdim=True)
-        relative = parts[:, 0] - _finite(largest)
-        others = relative.scatter(0, position, -math.inf)
-        rest = torch.cat([others, parts[:, 1] + relative]).logsumexp(0)
-        return LogMean(largest.squeeze(0), rest, count, self.power)
+        largest, others = _largest_and_rest(parts[:, 0])
+        inside = (parts[:, 1] + (parts[:, 0] - _finite(largest))).logsumexp(0)
+        return LogMean(largest, torch.logaddexp(others, inside), count, self.power)
 
     @property
     def is_bound(self) -> bool:
@@ -202,6 +198,18 @@ class LogMean(Totals):
         others, one = self.log_shares(log_weights)[1], math.log1p(-1.0 / self.count)
         exact = (one - others) / self.power - balance * one
         return torch.where(others.isfinite() & self.largest.isfinite(), exact, plain)
+
+
+def _largest_and_rest(terms: Tensor) -> tuple[Tensor, Tensor]:
+    """The largest along the first dimension, and the log-sum-exp of all others over it, of ties all but one.
+
+    Not by ``max(dim)``, which starts threads whatever the size: in a forked process it would wait for ever.
+    """
+    largest = terms.amax(0)
+    is_largest = terms == largest
+    others = torch.where(is_largest, -math.inf, terms - _finite(largest)).logsumexp(0)
+    ties = is_largest.sum(0, dtype=terms.dtype) - 1.0
+    return largest, torch.logaddexp(others, torch.where(largest.isinf(), 0.0, ties).log())
 
 
 def _finite(largest: Tensor) -> Tensor:

@@ -116,9 +116,11 @@ class Ways:
         if not sizes or all(mask is None for mask in self.masks):
             return
         largest = torch.stack(sizes).max()
-        for name, slope, mask in zip(self.names, slopes, self.masks, strict=True):
-            rounding = 1e2 * torch.finfo(slope.dtype).eps * largest
-            if mask is not None and not holds((torch.where(mask, 0.0, slope).abs() <= rounding).all()):
+        for name, slope, mask, value in zip(self.names, slopes, self.masks, self.values, strict=True):
+            rounding = 1e2 * torch.finfo(slope.dtype).eps
+            # Beside other slopes, or in nats: rounding is all there is where all that depends on it is masked, too.
+            none = (slope.abs() <= rounding * largest) | ((slope * value.detach()).abs() <= rounding)
+            if mask is not None and not holds((mask | none).all()):
                 raise ValueError(
                     f"DoublyReparameterized needs the log q of every value that reaches the weights; guide site "
                     f"'{name}' is masked there and reaches them nevertheless. Mask in the model what depends on it, "

@@ -29,6 +29,7 @@ from pyro_iwae.plates import Layout, Scale, Site, latent_sites, own_scale, same_
 from pyro_iwae.structure import Structure, StructureCache
 from pyro_iwae.subsampling import require_full_plates
 from pyro_iwae.terms import Term, joined, one_scale, outer_scale, terms_of, weighed_sites
+from pyro_iwae.threads import in_one_thread
 from pyro_iwae.traces import Pair, Recording, require_site_shapes
 from pyro_iwae.tree import CHANGING_SITES, PlateParticles, combine_problem
 from pyro_iwae.verdicts import Question
@@ -65,6 +66,7 @@ class Particles:
         return outer_scale(self.pairs[0], self.layout)
 
 
+@in_one_thread
 def weigh_particles(
     call: Call,
     *,
@@ -97,6 +99,9 @@ def weigh_particles(
         recording: what to record for back-propagation; None is all, and no cut.
         plate_particles: the plates that have particles of their own.
         among: K, where these are a chunk of the K; that all of a chunk are impossible is then for the caller to say.
+
+    Raises:
+        RuntimeError: where it is running in another thread.
     """
     recording = Recording() if recording is None else recording
     minibatch = Minibatch() if minibatch is None else minibatch
@@ -128,10 +133,10 @@ def weigh_particles(
     structure = question.answer()
     try:
         pairs = run(structure)
-    except Exception:
+    except Exception as error:
         if known is None:
             raise
-        structure = question.look()  # plates that were not there before collide with the particles' own
+        structure = _looked_again(question, error)  # plates that were not there before collide with the particles' own
         if structure.run == known.run:
             raise
         pairs = run(structure)
@@ -155,6 +160,14 @@ def weigh_particles(
         require_full_plates(pairs[0], layouts, structure.run.tree, whole)
     weights = weigh(pairs, layouts, structure.run, num_particles, cut=recording.cut, whole=among is None and averaged)
     return Particles(weights, pairs, layouts, structure, minibatch)
+
+
+def _looked_again(question: Question, error: Exception) -> Structure:
+    """A new verdict; where there is none to be had, the error that asked for it tells more."""
+    try:
+        return question.look()
+    except Exception:
+        raise error from None
 
 
 def _common_layouts(structure: Structure, pairs: Sequence[Pair], num_particles: int, *, alike: bool) -> list[Layout]:

@@ -208,7 +208,7 @@ def refuse(runs, cut, names, tempering):
             mask = next(t.mask for t in run if t.name == name and t.is_cut)
             if mask is not None:
                 counted = mask.reshape(mask.shape + (1,) * (slope.dim() - mask.dim())) if mask.dim() else mask
-                if bool((torch.where(counted, 0.0, slope) != 0.0).any()):
+                if bool((torch.where(counted, 0.0, slope).abs() > 1e2 * torch.finfo(slope.dtype).eps).any()):
                     raise Refused("a masked value reaches the weights")
 
 

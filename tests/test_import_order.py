@@ -24,6 +24,7 @@ ORDER = [
         "piecemeal",
         "products",
         "replay",
+        "threads",
         "totals",
         "versions",
     },

@@ -106,10 +106,10 @@ class SampledBackward(PathGradient):
             return index, torch.ones_like(slopes)
         if self.draws == 1:
             return _systematic(slopes, 1)
-        largest, heaviest = slopes.max(0, keepdim=True)
+        heaviest = slopes.argmax(0, keepdim=True)  # max(0) waits for ever in a forked process
         index, count = _systematic(slopes.scatter(0, heaviest, 0.0), self.draws - 1)
         index = torch.where(count > 0.0, index, heaviest)  # an empty place must not hold an impossible particle
-        return torch.cat([heaviest, index]), torch.cat([(largest > 0.0).to(slopes.dtype), count])
+        return torch.cat([heaviest, index]), torch.cat([(slopes.gather(0, heaviest) > 0.0).to(slopes.dtype), count])
 
     def __repr__(self) -> str:
         return f"SampledBackward(draws={self.draws}, inner={self.inner!r})"
