@@ -1,0 +1,159 @@
+# Copyright Contributors to the pyro_iwae project.
+# SPDX-License-Identifier: Apache-2.0
+
+"""20,000 steps in the same memory; 1,000 shapes of data in caches that do not grow."""
+
+import gc
+import itertools
+from pathlib import Path
+
+import pyro
+import pytest
+import torch
+from pyro.infer import SVI, Trace_ELBO
+from pyro.optim import Adam
+
+from pyro_iwae import CompiledSVI, ImportanceResampledGuide, ImportanceWeightedELBO, SampledBackward, evaluate
+from tests.test_compiled import flat_guide, flat_model, recorded_only
+from tests.test_setups import ROWS, guide, model
+
+STATUS = Path("/proc/self/statm")
+PAGE = 4096
+STEPS = 20_000
+
+__all__ = ["recorded_only"]  # a fixture
+
+
+def elbo(**options):
+    return ImportanceWeightedELBO(**{"num_particles": 4, **options})
+
+
+def stepping(kind=SVI, **options):
+    return kind(model, guide, Adam({"lr": 1e-3}), elbo(**options)).step
+
+
+def resampled():
+    posterior = ImportanceResampledGuide(model, guide, num_particles=3)
+    return lambda x: posterior(x)
+
+
+def resampled_loss():
+    posterior = ImportanceResampledGuide(model, guide, num_particles=3)
+    loss = Trace_ELBO(max_plate_nesting=1)
+    return lambda x: loss.loss(model, posterior, x)
+
+
+WAYS = {
+    "plain": stepping,
+    "sequential": lambda: stepping(vectorize_particles=False),
+    "chunks": lambda: stepping(chunk_size=2),
+    "sampled backward": lambda: stepping(gradient=SampledBackward(2)),
+    "compiled": lambda: stepping(compile=True),
+    "compiled steps": lambda: stepping(CompiledSVI),
+    "resampled": resampled,
+    "loss of the resampled": resampled_loss,
+}
+
+
+def memory():
+    """Bytes that the process has, and Python objects that the collector knows."""
+    gc.collect()
+    return int(STATUS.read_text().split()[1]) * PAGE, len(gc.get_objects())
+
+
+@pytest.mark.nightly
+@pytest.mark.skipif(not STATUS.exists(), reason="reads the process's memory from /proc")
+@pytest.mark.parametrize("way", WAYS)
+def test_memory_is_flat(way):
+    """Between step 4,000 and step 20,000: fewer than 200 objects more, and less than 300 bytes for each step."""
+    step = WAYS[way]()
+    for _ in range(STEPS // 5):
+        step(ROWS)
+    size, objects = memory()
+    for _ in range(STEPS - STEPS // 5):
+        step(ROWS)
+    later, more = memory()
+    assert more - objects < 200
+    assert later - size < 300 * STEPS * 4 / 5
+
+
+def shapes(count):
+    return itertools.islice(itertools.count(2), count)
+
+
+def held(owner):
+    """Entries of all containers that an object holds, at any depth within the package's own."""
+    seen, found, waiting = set(), 0, [owner]
+    while waiting:
+        thing = waiting.pop()
+        if id(thing) in seen:
+            continue
+        seen.add(id(thing))
+        if isinstance(thing, (dict, list, tuple, set, frozenset)):
+            found += len(thing)
+            waiting.extend(thing.values() if isinstance(thing, dict) else thing)
+        elif type(thing).__module__.startswith("pyro_iwae"):
+            waiting.append(vars(thing) if hasattr(thing, "__dict__") else ())
+    return found
+
+
+SHAPED = {
+    "loss": lambda: (elbo(), "loss_and_grads"),
+    "sequential": lambda: (elbo(vectorize_particles=False), "loss_and_grads"),
+    "chunks": lambda: (elbo(chunk_size=2), "loss_and_grads"),
+    "recorded": lambda: (elbo(compile=True), "loss_and_grads"),
+}
+
+
+@pytest.mark.usefixtures("recorded_only")
+@pytest.mark.parametrize("count", [20, pytest.param(1000, marks=pytest.mark.nightly)])
+@pytest.mark.parametrize("way", SHAPED)
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_caches_do_not_grow_with_shapes(way, count):
+    """What is held after 1,000 shapes is what is held after some."""
+    loss, method = SHAPED[way]()
+    sizes = []
+    for rows in shapes(count):
+        getattr(loss, method)(flat_model, flat_guide, torch.randn(rows))
+        sizes.append(held(loss))
+    assert sizes[-1] <= 2 * max(sizes[: max(8, count // 50)])
+
+
+@pytest.mark.parametrize("count", [20, pytest.param(1000, marks=pytest.mark.nightly)])
+def test_caches_of_a_posterior_do_not_grow_with_shapes(count):
+    posterior, sizes = ImportanceResampledGuide(model, guide, 4), []
+    for rows in shapes(count):
+        posterior(torch.randn(rows))
+        posterior.expectation(lambda z: z["z"], torch.randn(rows), num_batches=1)
+        sizes.append(held(posterior))
+    assert sizes[-1] <= 2 * max(sizes[: max(8, count // 50)])
+
+
+@pytest.mark.nightly
+@pytest.mark.skipif(not STATUS.exists(), reason="reads the process's memory from /proc")
+@pytest.mark.parametrize("compiled", [False, True])
+def test_functions_that_are_made_anew(compiled, monkeypatch):
+    """As in a notebook: 300 models of which none is kept leave nothing with a loss that is."""
+    import torch._inductor as inductor
+
+    monkeypatch.setattr(inductor, "compile", lambda module, inputs, options=None: module)
+    loss, sizes = elbo(compile=compiled), []
+    for i in range(300):
+        pair = [lambda x, fn=fn: fn(x) for fn in (model, guide)]
+        loss.loss_and_grads(*pair, ROWS)
+        del pair
+        if i in (20, 299):
+            gc.collect()
+            sizes.append(memory()[1])
+    assert sizes[1] - sizes[0] < 2000
+
+
+@pytest.mark.nightly
+def test_evaluations_one_after_the_other():
+    sizes = []
+    for i in range(60):
+        evaluate(model, guide, ROWS, num_particles=4, num_replicates=2, progress=False)
+        if i in (10, 59):
+            sizes.append(memory()[1] if STATUS.exists() else len(gc.get_objects()))
+    pyro.clear_param_store()
+    assert sizes[1] - sizes[0] < 200
