@@ -18,7 +18,7 @@ peers := benchmarks/steps.py benchmarks/chunks.py benchmarks/growth.py benchmark
 every := $(filter-out $(peers),$(wildcard benchmarks/*.py)) $(peers)
 
 .DELETE_ON_ERROR:
-.PHONY: help demo test nightly docs bench bench-all bench-smoke lint clean
+.PHONY: help demo test nightly docs bench bench-all bench-smoke lint locked audit oldest newest clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' Makefile
@@ -57,8 +57,25 @@ lint: $(all_installed)  ## ruff, mypy and spelling
 	$(python) -m mypy
 	$(python) -m codespell_lib .
 
+locked:  ## install from hashed files alone, into .venv-locked, and see that all of it fits together
+	$(PYTHON) -m venv .venv-locked
+	.venv-locked/bin/python -m pip install -q -c constraints.txt torch
+	.venv-locked/bin/python -m pip install -q --no-deps --require-hashes -r requirements.lock
+	.venv-locked/bin/python -m pip install -q --no-deps --no-build-isolation .
+	.venv-locked/bin/python -m pip check
+	.venv-locked/bin/python -W error -c "import pyro_iwae"
+
+audit: locked  ## ask for known vulnerabilities in what is locked
+	.venv-locked/bin/python -m pip install -q pip-audit
+	.venv-locked/bin/python -m pip_audit --disable-pip --require-hashes -r requirements.lock
+
+oldest newest:  ## the tests with the oldest, or the newest, torch and Pyro (in .venv-oldest, .venv-newest)
+	$(PYTHON) -m venv .venv-$@
+	.venv-$@/bin/python -m pip install -q $(if $(filter oldest,$@),-c oldest.txt) -e ".[test]"
+	OMP_NUM_THREADS=1 MPLBACKEND=Agg .venv-$@/bin/python -m pytest -n 2 --dist worksteal tests
+
 clean:  ## remove the environment, caches and what was built; keep results
-	rm -rf .venv build dist *.egg-info docs/_build docs/gallery docs/sg_execution_times.rst .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	rm -rf .venv .venv-* build dist *.egg-info docs/_build docs/gallery docs/sg_execution_times.rst .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 .venv/installed-examples: $(requirements)

@@ -14,14 +14,12 @@ from pyro.infer import SVI, Trace_ELBO
 from pyro.optim import Adam
 
 from pyro_iwae import CompiledSVI, ImportanceResampledGuide, ImportanceWeightedELBO, SampledBackward, evaluate
-from tests.test_compiled import flat_guide, flat_model, recorded_only
+from tests.test_compiled import flat_guide, flat_model, recorded_only  # noqa: F401  (a fixture)
 from tests.test_setups import ROWS, guide, model
 
 STATUS = Path("/proc/self/statm")
 PAGE = 4096
 STEPS = 20_000
-
-__all__ = ["recorded_only"]  # a fixture
 
 
 def elbo(**options):
@@ -65,16 +63,16 @@ def memory():
 @pytest.mark.skipif(not STATUS.exists(), reason="reads the process's memory from /proc")
 @pytest.mark.parametrize("way", WAYS)
 def test_memory_is_flat(way):
-    """Between step 4,000 and step 20,000: fewer than 200 objects more, and less than 300 bytes for each step."""
+    """In the second half: fewer than 200 objects more, and less than 200 bytes for each step."""
     step = WAYS[way]()
-    for _ in range(STEPS // 5):
+    for _ in range(STEPS // 2):
         step(ROWS)
     size, objects = memory()
-    for _ in range(STEPS - STEPS // 5):
+    for _ in range(STEPS // 2):
         step(ROWS)
     later, more = memory()
     assert more - objects < 200
-    assert later - size < 300 * STEPS * 4 / 5
+    assert later - size < 200 * STEPS / 2
 
 
 def shapes(count):
@@ -145,7 +143,7 @@ def test_functions_that_are_made_anew(compiled, monkeypatch):
         if i in (20, 299):
             gc.collect()
             sizes.append(memory()[1])
-    assert sizes[1] - sizes[0] < 2000
+    assert sizes[1] - sizes[0] < 280 * 15  # torch keeps the source of each graph for tracebacks
 
 
 @pytest.mark.nightly

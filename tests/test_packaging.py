@@ -4,9 +4,11 @@
 """The wheel, and the commands of the Makefile, from a path with a space."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
+import tarfile
 import time
 import zipfile
 from pathlib import Path
@@ -14,7 +16,16 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-FILES = ["setup.cfg", "pyproject.toml", "constraints.txt", "Makefile", "README.md", "LICENSE", "MANIFEST.in"]
+FILES = [
+    "setup.cfg",
+    "pyproject.toml",
+    "constraints.txt",
+    "Makefile",
+    "README.md",
+    "LICENSE",
+    "MANIFEST.in",
+    "requirements.lock",
+]
 
 
 @pytest.fixture
@@ -41,6 +52,73 @@ def test_wheel(copy):
     assert all(f"Provides-Extra: {extra}" in metadata for extra in ("examples", "arviz", "docs", "test"))
     for name in ("torch", "pyro-ppl", "numpy", "matplotlib", "tqdm", "jaxtyping"):
         assert f"Requires-Dist: {name}" in metadata
+
+
+def built(folder, what):
+    """A distribution, built as an index would get it."""
+    build = f"from setuptools import build_meta; print(build_meta.build_{what}('dist'))"
+    environment = {**os.environ, "SOURCE_DATE_EPOCH": "1700000000"}
+    subprocess.run([sys.executable, "-c", build], cwd=folder, capture_output=True, check=True, env=environment)
+    (found,) = (folder / "dist").iterdir()
+    return found
+
+
+def contents(archive):
+    if archive.suffix == ".whl":
+        with zipfile.ZipFile(archive) as opened:
+            return {name: opened.read(name) for name in opened.namelist()}
+    with tarfile.open(archive) as opened:
+        files = {m.name: opened.extractfile(m) for m in opened.getmembers() if m.isfile()}
+        return {name: file.read() for name, file in files.items()}
+
+
+@pytest.mark.parametrize("what", ["wheel", "sdist"])
+def test_builds_are_reproducible(copy, tmp_path, what):
+    """The same files byte by byte, from sources in another folder; the wheel itself, too."""
+    other = tmp_path / "elsewhere"
+    shutil.copytree(copy, other)
+    one, two = built(copy, what), built(other, what)
+    assert one.name == two.name
+    assert contents(one) == contents(two)
+    if what == "wheel":
+        assert one.read_bytes() == two.read_bytes()
+
+
+def test_source_distribution(copy):
+    """All that `make test` reads, and nothing that was built or is of one machine."""
+    for folder in ("tests", "docs", "examples", "benchmarks", "tools"):
+        ignored = shutil.ignore_patterns("__pycache__", "_build", "gallery")
+        shutil.copytree(ROOT / folder, copy / folder, ignore=ignored)
+    shutil.copy(ROOT / "CHANGELOG.md", copy)
+    names = {name.split("/", 1)[1] for name in contents(built(copy, "sdist"))}
+    wanted = {"LICENSE", "README.md", "Makefile", "constraints.txt", "requirements.lock", "tests/conftest.py"}
+    assert wanted | {"docs/index.rst", "tools/lock.py", "pyro_iwae/py.typed", "examples/digits_vae.py"} <= names
+    suffixes = {".py", ".rst", ".md", ".txt", ".cfg", ".toml", ".lock", ".typed", ".cff", ".in", ".svg", ".png", ".css"}
+    suffixes |= {".json", ".csv", ".inv", ".html", ".js", ".bib", ""}
+    odd = sorted(n for n in names if Path(n).suffix not in suffixes or "__pycache__" in n or ".venv" in n)
+    assert [n for n in odd if not n.startswith("pyro_iwae.egg-info")] == []
+
+
+def entries(name):
+    """Package and version of each line that pins one."""
+    return dict(re.findall(r"^([\w.-]+)==(\S+)", (ROOT / name).read_text(), re.MULTILINE))
+
+
+def test_the_lock_is_that_of_the_constraints():
+    """Every package but torch, in the same version, each file by a hash."""
+    pinned, locked = entries("constraints.txt"), entries("requirements.lock")
+    assert {n: v for n, v in pinned.items() if n != "torch"} == locked
+    blocks = re.split(r"^(?=[\w.-]+==)", (ROOT / "requirements.lock").read_text(), flags=re.MULTILINE)[1:]
+    assert all(re.search(r"--hash=sha256:[0-9a-f]{64}", block) for block in blocks)
+    markers = re.compile(r"^([\w.-]+)==\S+ *; *(.*?) *\\?$", re.MULTILINE)
+    found = [dict(markers.findall((ROOT / name).read_text())) for name in ("constraints.txt", "requirements.lock")]
+    assert found[0] == found[1]
+
+
+def test_each_licence_is_stated():
+    page = (ROOT / "docs" / "dependencies.rst").read_text()
+    for name, version in entries("constraints.txt").items():
+        assert re.search(rf"\* - {re.escape(name)}\n     - {re.escape(version)}\n     - \S", page), name
 
 
 @pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
