@@ -202,6 +202,12 @@ CALLED = [
     ("rows of none", lambda: elbo().loss(model, guide, DATA[:0]), ZeroDivisionError, "size cannot be zero"),  # Pyro's
     ("evaluation and a number", lambda: evaluated() + 3, TypeError, "unsupported operand"),
     ("level", lambda: evaluated().interval(2.0), ValueError, "level between 0 and 1, as in 0.95, got 2.0"),
+    ("data on another device", lambda: elbo().loss(model, guide, DATA.to("meta")), RuntimeError, "meta tensors"),
+    ("complex data", lambda: elbo().loss(model, guide, DATA + 0j), NotImplementedError, "Complex"),
+    ("data in a list", lambda: elbo().loss(model, guide, DATA.tolist()), TypeError, "list"),
+    ("one number for rows", lambda: elbo().loss(model, guide, DATA[0]), TypeError, "0-d tensor"),
+    ("infinite data", lambda: elbo().loss(model, guide, DATA * math.inf), ValueError, "constraint Real|NaN at model"),
+    ("NaN in the data", lambda: elbo().loss(model, guide, DATA * math.nan), ValueError, "constraint Real"),
     ("K beyond memory", lambda: elbo(num_particles=HUGE).loss(model, guide), RuntimeError, f"{HUGE} .*{CHUNK}"),
     ("trained", lambda: elbo(num_particles=HUGE).loss_and_grads(model, guide), RuntimeError, f"{HUGE} .*{CHUNK}"),
     ("drawn", lambda: posterior(num_particles=HUGE)(), RuntimeError, f"{HUGE} .*{CHUNK}"),
@@ -274,3 +280,54 @@ def test_a_chunk_may_be_larger_than_K():
     pyro.set_rng_seed(0)
     loss = elbo(chunk_size=100).loss(model, guide)
     assert math.isfinite(loss)
+
+
+def inference_tensor():
+    with torch.inference_mode():
+        return torch.tensor([1.0, 2.0, 2.0])
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        torch.tensor([1, 2, 2]),
+        torch.tensor([1.0, 2.0, 2.0], dtype=torch.float64),
+        torch.tensor([1.0, 2.0, 2.0], dtype=torch.float16),
+        torch.tensor([1.0, 0.0, 2.0, 0.0, 2.0, 0.0])[::2],
+        torch.stack([torch.tensor([1.0, 2.0, 2.0]), torch.zeros(3)], 1)[:, 0],
+        inference_tensor(),
+    ],
+    ids=["whole numbers", "double", "half", "every other", "column", "made in inference mode"],
+)
+def test_data_of_all_kinds(data):
+    """Mixed dtypes, gaps between entries: the loss and gradient of plain ones."""
+    found = []
+    for rows in (torch.tensor([1.0, 2.0, 2.0]), data):
+        pyro.clear_param_store()
+        loss = elbo()
+        loss.loss(model, guide, rows)
+        pyro.set_rng_seed(1)
+        found.append([loss.loss_and_grads(model, guide, rows), *[p.grad.item() for p in unconstrained()]])
+    half = data.dtype == torch.float16  # so are the model's numbers then
+    assert found[1] == pytest.approx(found[0], rel=1e-5, abs=1e-2 if half else 1e-6)
+
+
+def unconstrained():
+    return [p for _, p in sorted(pyro.get_param_store().named_parameters())]
+
+
+def test_expanded_data():
+    found = []
+    for rows in (torch.ones(3), torch.tensor(1.0).expand(3)):
+        pyro.set_rng_seed(1)
+        found.append(elbo().loss(model, guide, rows))
+    assert found[0] == found[1]
+
+
+def test_value_alone_in_inference_mode():
+    pyro.set_rng_seed(1)
+    expected = elbo().loss(model, guide)
+    with torch.inference_mode():
+        pyro.set_rng_seed(1)
+        assert elbo().loss(model, guide) == expected
+    elbo().loss_and_grads(model, guide)
