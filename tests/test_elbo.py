@@ -691,3 +691,25 @@ def test_more_particles_tighten_the_bound(double):
         means.append(case.bound(count)[0].item())
         assert_mean_below(bounds, case.log_evidence[0])
     assert means[0] + 0.3 < means[1] < means[2] - 0.2
+
+
+@pytest.mark.parametrize("num_particles", [1, 4])
+def test_factors_in_the_guide_outside_of_plates(num_particles):
+    """No latent reaches them: a constant of the loss, with the guide's sign, as for Trace_ELBO."""
+
+    def model():
+        with pyro.plate("data", 3):
+            pyro.sample("z", dist.Normal(0.0, 1.0))
+        pyro.factor("shift", torch.tensor(0.7))
+
+    def guide():
+        with pyro.plate("data", 3):
+            pyro.sample("z", dist.Normal(0.0, 1.0))
+        pyro.factor("weight", pyro.param("w", torch.tensor(2.5)), has_rsample=True)
+
+    assert Trace_ELBO().loss(model, guide) == pytest.approx(2.5 - 0.7)
+    elbo = ImportanceWeightedELBO(num_particles=num_particles)
+    weights = elbo.log_weights(model, guide)
+    assert weights.plates == ("data",)
+    assert elbo.loss_and_grads(model, guide) == pytest.approx(2.5 - 0.7)
+    assert pyro.param("w").grad.item() == 1.0

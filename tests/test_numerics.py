@@ -221,6 +221,8 @@ def test_what_a_particle_adds_to_the_others(column, dtype):
         for k in range(K):
             control = log_mean(without(numbers, k)) + Decimal(balance) * (Decimal(K - 1) / Decimal(K)).ln()
             wanted.append(log_mean(numbers) - (control if control.is_finite() else 0))
+            found_control = totals.control(log_weights, balance=balance)[k]
+            assert_near(found_control, [control], dtype, size=size)
         assert_near(found, wanted, dtype, size=size)
 
 
