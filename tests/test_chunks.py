@@ -329,7 +329,7 @@ def test_autoguides(make, gradient):
     assert_chunks_are_the_whole(chain_model, guide, chunk_sizes=(5,), gradient=gradient)
 
 
-@settings(max_examples=60)
+@settings(max_examples=max(1, settings().max_examples // 6))
 @given(programs(latent_families=GAUSSIAN), st.sampled_from(GRADIENTS[:2]), st.sampled_from([1, 4]))
 def test_any_program(program, gradient, size):
     """Random plates, sequential ones too, masks, scales, mixtures, joint and auxiliary guide sites, minibatches."""

@@ -244,7 +244,7 @@ def test_expectation_by_chunks_of_one():
     assert_same_mean(*found)
 
 
-@pytest.mark.parametrize("pair", ["local", "joint", "sequential", "tree"])
+@pytest.mark.parametrize("pair", ["local", "joint", "sequential", pytest.param("tree", marks=pytest.mark.nightly)])
 def test_the_interval(pair):
     """Within six standard errors, which chance exceeds once in 10^8."""
     replicates = 30 if pair == "sequential" else nightly(200)

@@ -1266,6 +1266,7 @@ class DigitsVAE(torch.nn.Module):
             pyro.sample("z", dist.Normal(loc, log_scale.exp()).to_event(1))
 
 
+@pytest.mark.nightly
 def test_the_training_curve_on_digits_is_the_same(compiling):
     digits = torch.as_tensor(load_digits().data, dtype=torch.get_default_dtype())[:512]
     curves = []

@@ -245,6 +245,7 @@ def test_new_numbers_of_the_optimiser_are_recorded_anew():
     assert pyro.param("slope").item() == before
 
 
+@pytest.mark.nightly
 def test_eight_schools_ends_where_svi_ends(compiling):
     """Mean loss and parameters after training, autoguide and all."""
     sigma = torch.tensor([15.0, 10.0, 16.0, 11.0, 9.0, 11.0, 10.0, 18.0])

@@ -80,7 +80,7 @@ def averaged(group, options):
         {"num_particles": 1},
         {"num_particles": 6, "chunk_size": 2, "gradient": DoublyReparameterized()},
         {"num_particles": 12, "gradient": SampledBackward(3)},
-        {"num_particles": 5, "compile": True, "gradient": StickTheLanding()},
+        pytest.param({"num_particles": 5, "compile": True, "gradient": StickTheLanding()}, marks=pytest.mark.nightly),
         {"num_particles": 1, "plate_particles": {"rows": 4}},
     ],
     ids=str,

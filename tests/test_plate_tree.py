@@ -1028,7 +1028,7 @@ def density_by_enumeration(outer, inner):
     return torch.stack(found)
 
 
-@pytest.mark.parametrize("vectorize", [None, False])
+@pytest.mark.parametrize("vectorize", [None, pytest.param(False, marks=pytest.mark.nightly)])
 def test_log_density_is_that_of_the_draws(vectorize):
     posterior = ImportanceResampledGuide(*small_coins(), 2, plate_particles={"data": 3}, vectorize_particles=vectorize)
     exact = density_by_enumeration(2, 3)
@@ -1041,6 +1041,7 @@ def test_log_density_is_that_of_the_draws(vectorize):
     assert_frequencies(number.bincount(minlength=8), exact)
 
 
+@pytest.mark.nightly
 def test_the_interval_holds_the_elbo_of_the_posterior():
     model, guide = small_coins()
     posterior = ImportanceResampledGuide(model, guide, 2, plate_particles={"data": 2})

@@ -76,7 +76,7 @@ def test_a_particle_that_carries_the_draws_is_told():
     assert int(draws.num_distinct.min()) < 10
 
 
-@pytest.mark.parametrize("vectorize", [None, False])
+@pytest.mark.parametrize("vectorize", [None, pytest.param(False, marks=pytest.mark.nightly)])
 def test_enumerated_latents_are_drawn_for_each(vectorize):
     @config_enumerate
     def mixture():
