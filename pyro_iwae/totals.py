@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-__all__ = ["Gather", "LogMean", "Mean", "Totals"]
+__all__ = ["Gather", "LogMean", "Mean", "Totals", "finite_origin"]
 
 Gather = Callable[[Tensor], Tensor]  # what each process has, along a new first dimension
 
@@ -125,7 +125,7 @@ class LogMean(Totals):
     def merge(self, other: LogMean) -> LogMean:
         """Totals of two blocks of particles together; associative and commutative."""
         largest = torch.maximum(self.largest, other.largest)
-        origin, smaller = _finite(largest), torch.minimum(self.largest, other.largest)
+        origin, smaller = finite_origin(largest), torch.minimum(self.largest, other.largest)
         rests = [part.rest + (part.largest - origin) for part in (self, other)]
         rest = torch.logaddexp(torch.logaddexp(*rests), smaller - origin)
         return LogMean(largest, rest, self.count + other.count, self.power)
@@ -133,7 +133,7 @@ class LogMean(Totals):
     def gathered(self, gather: Gather, count: int) -> LogMean:
         parts = gather(torch.stack([self.largest, self.rest]))
         largest, others = _largest_and_rest(parts[:, 0])
-        inside = (parts[:, 1] + (parts[:, 0] - _finite(largest))).logsumexp(0)
+        inside = (parts[:, 1] + (parts[:, 0] - finite_origin(largest))).logsumexp(0)
         return LogMean(largest, torch.logaddexp(others, inside), count, self.power)
 
     @property
@@ -159,11 +159,11 @@ class LogMean(Totals):
 
     def share(self, block: LogMean) -> Float[Tensor, "*plates"]:
         """The share of the sum that a block of the particles has; 0 where all are impossible."""
-        found = (block.largest - _finite(self.largest) + (block.log_excess - self.log_excess)).exp()
+        found = (block.largest - finite_origin(self.largest) + (block.log_excess - self.log_excess)).exp()
         return torch.where(self.largest.isinf(), 0.0, found)
 
     def _log_share(self, terms: Tensor) -> Tensor:
-        return terms - _finite(self.largest) - self.log_excess
+        return terms - finite_origin(self.largest) - self.log_excess
 
     def double_slope(
         self, log_weights: Float[Tensor, "particles *plates"], scale: float | Tensor = 1.0
@@ -192,12 +192,12 @@ class LogMean(Totals):
         self, log_weights: Float[Tensor, "particles *plates"], *, balance: float | Tensor = 0.0
     ) -> Float[Tensor, "particles *plates"]:
         """-log (1 - v_k), and what is the same for all particles: no difference of two large numbers."""
-        plain = super().advantage(log_weights, balance=balance)
+        alone = self.value.expand(log_weights.shape).nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
         if self.count == 1:
-            return plain
+            return alone
         others, one = self.log_shares(log_weights)[1], math.log1p(-1.0 / self.count)
         exact = (one - others) / self.power - balance * one
-        return torch.where(others.isfinite() & self.largest.isfinite(), exact, plain)
+        return torch.where(others.isfinite() & self.largest.isfinite(), exact, alone)
 
 
 def _largest_and_rest(terms: Tensor) -> tuple[Tensor, Tensor]:
@@ -207,12 +207,12 @@ def _largest_and_rest(terms: Tensor) -> tuple[Tensor, Tensor]:
     """
     largest = terms.amax(0)
     is_largest = terms == largest
-    others = torch.where(is_largest, -math.inf, terms - _finite(largest)).logsumexp(0)
+    others = torch.where(is_largest, -math.inf, terms - finite_origin(largest)).logsumexp(0)
     ties = is_largest.sum(0, dtype=terms.dtype) - 1.0
     return largest, torch.logaddexp(others, torch.where(largest.isinf(), 0.0, ties).log())
 
 
-def _finite(largest: Tensor) -> Tensor:
+def finite_origin(largest: Tensor) -> Tensor:
     """What to measure from: the largest, or 0 where there is none."""
     return torch.where(largest.isinf(), 0.0, largest)
 

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from pyro_iwae.objectives.objective import Objective
 from pyro_iwae.options import as_number
-from pyro_iwae.totals import Gather, LogMean, Totals
+from pyro_iwae.totals import Gather, LogMean, Totals, finite_origin
 
 __all__ = ["TVO"]
 
@@ -81,7 +81,7 @@ class _Tilted:
     def of(cls, log_weights: Tensor, beta: float) -> _Tilted:
         log_weights = log_weights.detach()
         largest = log_weights.amax(0)
-        relative = log_weights - torch.where(largest.isinf(), 0.0, largest)
+        relative = log_weights - finite_origin(largest)
         if beta == 0.0:
             return cls(beta, LogMean.of(torch.zeros_like(log_weights)), largest, relative.mean(0))
         shares = LogMean.of(log_weights, beta)
@@ -92,7 +92,7 @@ class _Tilted:
     @property
     def origin(self) -> Tensor:
         """What the mean is measured from."""
-        return torch.where(self.largest.isinf(), 0.0, self.largest)
+        return finite_origin(self.largest)
 
     @property
     def value(self) -> Tensor:
