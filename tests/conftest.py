@@ -10,7 +10,7 @@ import jaxtyping
 import pyro
 import pytest
 import torch
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, Phase, settings
 from pyro.poutine.runtime import _DIM_ALLOCATOR, _PYRO_STACK
 
 SEED = os.environ.get("PYRO_IWAE_TEST_SEED", "0")  # another value makes every random stream another one
@@ -27,6 +27,9 @@ settings.register_profile(
 )
 settings.register_profile(
     "nightly", settings.get_profile("default"), max_examples=2000, derandomize=False, print_blob=True
+)
+settings.register_profile(  # where it is enough to know that something fails
+    "unshrunk", settings.get_profile("default"), phases=[Phase.explicit, Phase.generate]
 )
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
 

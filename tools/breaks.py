@@ -40,7 +40,7 @@ class Break:
         path.write_text(text.replace(self.right, self.wrong))
         files = [f"tests/test_{name}.py" for name in self.tests.split()]
         command = [sys.executable, "-m", "pytest", "-x", "-q", "-n", "2", "-p", "no:cacheprovider", *files]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "MPLBACKEND": "Agg"}
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "MPLBACKEND": "Agg", "HYPOTHESIS_PROFILE": "unshrunk"}
         try:
             return subprocess.run(command, cwd=copy, capture_output=True, check=False, env=environment).returncode == 1
         finally:
