@@ -42,7 +42,10 @@ class Break:
         command = [sys.executable, "-m", "pytest", "-x", "-q", "-n", "2", "-p", "no:cacheprovider", *files]
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "MPLBACKEND": "Agg", "HYPOTHESIS_PROFILE": "unshrunk"}
         try:
-            return subprocess.run(command, cwd=copy, capture_output=True, check=False, env=environment).returncode == 1
+            done = subprocess.run(command, cwd=copy, capture_output=True, check=False, env=environment, text=True)
+            if done.returncode != 0 and " failed" not in done.stdout:
+                raise RuntimeError(f"the tests of {self.wrong!r} did not run:\n{done.stdout}{done.stderr}")
+            return done.returncode != 0
         finally:
             path.write_text(text)
 
