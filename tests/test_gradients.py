@@ -753,6 +753,25 @@ def test_a_sampler_by_rejection_has_both_parts(pair):
     assert_same_mean(grads[1], grads[0])
 
 
+@pytest.mark.parametrize("family", [RejectionExponential, NonreparameterizedNormal])
+def test_log_q_has_mean_gradient_zero_only_without_a_path(family):
+    """What one particle leaves out: all of log q where only the score carries it, nothing where values do too."""
+    site, values = family(torch.tensor([1.3, 0.6]), torch.tensor([0.5, 0.9])), []
+
+    def model():
+        with pyro.plate("data", 2):
+            pyro.sample("z", dist.Exponential(torch.tensor(2.0)) if family is RejectionExponential else site)
+
+    def guide():
+        with pyro.plate("data", 2):
+            values.append(pyro.sample("z", site))
+
+    weights = ImportanceWeightedELBO(num_particles=3).log_weights(model, guide)
+    has_path = family is RejectionExponential
+    expected = torch.zeros(3, 2) if has_path else site.log_prob(values[-1].reshape(3, 2))
+    torch.testing.assert_close(weights.score_log_q, expected)
+
+
 @pytest.mark.parametrize("num_particles", [1, 2, 7])
 def test_exact_posterior_bound_is_the_evidence(num_particles):
     """For any noise, to rounding: no seed, no tolerance."""
@@ -833,6 +852,7 @@ def test_surrogate_of_one_particle_has_the_mean_gradient_of_the_elbo():
     totals = weights.totals()
     surrogate = gradients.Pathwise().surrogate(weights, totals) + gradients.VIMCO().surrogate(weights, totals)
     (grads,) = torch.autograd.grad(surrogate.sum(), logit)
+    torch.testing.assert_close(grads, log_w * (z - logit.sigmoid()), msg="the part of mean zero is left out")
     leaf = torch.tensor(0.5, requires_grad=True)
     (expected,) = torch.autograd.grad(exact.Bernoulli(logit=leaf).bound(1), leaf)
     torch.testing.assert_close((log_q.exp() * grads).sum(), expected)
