@@ -1056,6 +1056,28 @@ def test_the_interval_holds_the_elbo_of_the_posterior():
     assert exact > bound.mean() + 5 * bound.std() / len(bound) ** 0.5  # strictly above, as it must be
 
 
+@pytest.mark.parametrize("num_batches", [1, 3])
+def test_the_interval_of_an_exact_posterior_is_the_evidence(num_batches):
+    """Every weight is the evidence then, and both ends, to rounding: no seed, no tolerance."""
+    x = torch.tensor([0.3, -1.0, 2.0])
+
+    def model():
+        g = pyro.sample("g", dist.Normal(torch.zeros(()), 1.0))
+        with pyro.plate("data", 3):
+            z = pyro.sample("z", dist.Normal(g, 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    def guide():
+        g = pyro.sample("g", dist.Normal(x.sum() / 5.0, 0.4**0.5))
+        with pyro.plate("data", 3):
+            pyro.sample("z", dist.Normal((g + x) / 2.0, 0.5**0.5))
+
+    posterior = ImportanceResampledGuide(model, guide, 2, plate_particles={"data": 4})
+    interval = posterior.elbo_interval(num_batches=num_batches, num_replicates=2)
+    evidence = dist.MultivariateNormal(torch.zeros(3), 2.0 * torch.eye(3) + 1.0).log_prob(x)
+    torch.testing.assert_close(torch.stack([interval.lower, interval.upper]), evidence.expand(2))
+
+
 @pytest.mark.parametrize("joint", [False, True], ids=["by index", "joint guide"])
 def test_a_posterior_whose_plates_have_no_particles_after_all(joint):
     """As many draws as the plate has elements, which could be taken for these."""

@@ -253,7 +253,7 @@ BREAKS = [
         "density.py",
         "lower = math.log((num_batches + 1) / num_particles) - torch.logaddexp(-with_own, fresh)",
         "lower = math.log(num_batches / num_particles) - torch.logaddexp(-with_own, fresh)",
-        "brackets guide_density",
+        "plate_tree guide_density",
     ),
     Break(
         "density.py",
