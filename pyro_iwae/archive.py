@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import os
@@ -21,6 +22,7 @@ from torch import Tensor
 __all__ = ["read", "require_folder", "write", "write_whole"]
 
 FACTS = "facts"
+DIGEST = "digest"  # of all else: the checksums of a zip file know nothing of an array that was left out or replaced
 # What numpy and zipfile raise where a byte of a header is another: no such compression, a place before the start, ...
 ALTERED = (zipfile.BadZipFile, EOFError, KeyError, TypeError, ValueError, NotImplementedError, RuntimeError, OSError)
 
@@ -43,7 +45,15 @@ def write(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], facts: Ma
     """
     arrays: dict[str, Any] = {name: tensor.detach().cpu().numpy() for name, tensor in tensors.items()}
     arrays[FACTS] = np.frombuffer(json.dumps(facts).encode(), dtype=np.uint8)
+    arrays[DIGEST] = _digest(arrays)
     write_whole(path, lambda file: np.savez(file, **arrays))
+
+
+def _digest(arrays: Mapping[str, Any]) -> Any:
+    found = hashlib.sha256()
+    for name, array in sorted(arrays.items()):
+        found.update(repr((name, array.dtype.str, array.shape)).encode() + np.ascontiguousarray(array).tobytes())
+    return np.frombuffer(found.digest(), dtype=np.uint8)
 
 
 def write_whole(path: str | os.PathLike[str], write: Callable[[BinaryIO], None]) -> None:
@@ -88,6 +98,8 @@ def read(path: str | os.PathLike[str], *, kind: str) -> tuple[dict[str, Tensor],
     try:
         with np.load(whole, allow_pickle=False) as archive:
             arrays = {name: archive[name] for name in archive.files}
+        if not np.array_equal(arrays.pop(DIGEST), _digest(arrays)):
+            raise ValueError("its arrays are not those that were written")
         facts = json.loads(arrays.pop(FACTS).tobytes())
         found = facts["kind"]
     except ALTERED as error:

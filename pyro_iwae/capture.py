@@ -22,7 +22,6 @@ import pyro
 import torch
 from torch import Tensor
 from torch.fx import GraphModule
-from torch.fx.experimental.proxy_tensor import get_proxy_mode, make_fx
 from torch.overrides import TorchFunctionMode
 
 from pyro_iwae.decisions import unrecorded
@@ -97,11 +96,10 @@ class Graph:
     def _compiled(self, inputs: list[Any], options: dict[str, Any]) -> Run:
         import torch._inductor as inductor
 
-        known = {n: v for n, v in options.items() if hasattr(inductor.config, n)}  # torch 2.5 never reorders
         with torch.no_grad(), warnings.catch_warnings(), _refusing_slow_calls():
             warnings.simplefilter("ignore")  # of the compiler's own doings
             try:
-                compiled: Run = inductor.compile(self.module, inputs, options=known)
+                compiled: Run = inductor.compile(self.module, inputs, options=options)
             except Exception:
                 if options is OPTIONS:
                     raise
@@ -165,6 +163,8 @@ def capture(function: Callable[[], Sequence[Tensor]], inputs: Sequence[Tensor]) 
     Raises:
         NotImplementedError: where the function's course depends on numbers in tensors, naming the line.
     """
+    from torch.fx.experimental.proxy_tensor import make_fx
+
     try:
         with pyro.validation_enabled(False), _Reading():
             module = make_fx(lambda *_: list(function()))(*inputs)
@@ -275,6 +275,8 @@ class _Reading(TorchFunctionMode):
         if isinstance(kwargs.get("generator"), torch.Generator):
             raise _own_state("Generator")
         if func in (*UNSEEN, Tensor.unbind):
+            from torch.fx.experimental.proxy_tensor import get_proxy_mode
+
             mode = get_proxy_mode()
             recorded = mode is not None and args[0] in mode.tracer.tensor_tracker
             if func is not Tensor.unbind and recorded:

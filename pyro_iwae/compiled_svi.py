@@ -18,9 +18,10 @@ from tqdm import tqdm
 
 from pyro_iwae.compiled import CompiledSteps
 from pyro_iwae.elbo import ImportanceWeightedELBO
-from pyro_iwae.options import as_count, require_callables
+from pyro_iwae.options import as_count, require_callables, require_switch
 from pyro_iwae.particles import Call
 from pyro_iwae.step import Step
+from pyro_iwae.threads import in_one_thread
 from pyro_iwae.updates import OptimizerUpdate
 from pyro_iwae.watching import Arguments
 from pyro_iwae.weighing import Particles
@@ -86,6 +87,7 @@ class CompiledSVI:
         """The ELBO."""
         return self._loss
 
+    @in_one_thread
     def step(self, *args: Any, **kwargs: Any) -> float:
         """Takes one step, and returns the loss, in nats.
 
@@ -95,13 +97,14 @@ class CompiledSVI:
 
         Raises:
             NotImplementedError: where the step cannot be recorded.
-            RuntimeError: where recording and model have parted: something in Python has changed.
+            RuntimeError: where recording and model have parted: something in Python has changed; in inference mode.
             ValueError: what ``ImportanceWeightedELBO`` raises; the parameters are as before then.
         """
         losses: list[float] = []
         self._advance(Call(self.model, self.guide, args, kwargs), losses, 1)
         return losses[0]
 
+    @in_one_thread
     def run(self, num_steps: int, *args: Any, progress: bool = True, **kwargs: Any) -> Float[Tensor, " steps"]:
         """Takes many steps on the same arguments.
 
@@ -118,6 +121,7 @@ class CompiledSVI:
             as :meth:`step`.
         """
         num_steps = as_count("num_steps", num_steps)
+        require_switch("progress", progress)
         call, losses = Call(self.model, self.guide, args, kwargs), list[float]()
         with tqdm(total=num_steps, disable=not progress, desc="CompiledSVI") as bar:
             while len(losses) < num_steps:
@@ -150,6 +154,11 @@ class CompiledSVI:
     def _advance(self, call: Call, losses: list[float], most: int) -> None:
         """Takes at least one step and at most so many, and adds their losses."""
         _require_whole(self._loss)
+        if torch.is_inference_mode_enabled():
+            raise RuntimeError(
+                "expected a step outside of torch.inference_mode(), in which no parameter can be trained; write "
+                "svi.evaluate_loss(...) for the loss alone"
+            )
         try:
             with torch.enable_grad():
                 found = self._recorded.find(call, self._loss._frozen)

@@ -10,12 +10,11 @@ the recording computes the condition at each step anew and reports when it no lo
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from contextvars import ContextVar
 
 import torch
 from torch import Tensor
-from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing
 
 __all__ = ["any_of", "holds", "is_recording", "recorded_decisions", "unrecorded"]
 
@@ -37,7 +36,12 @@ def holds(condition: Tensor) -> bool:
 @contextmanager
 def unrecorded() -> Iterator[None]:
     """Keeps what happens inside out of a recording, which takes its results as they are."""
-    with disable_proxy_modes_tracing() if is_recording() else nullcontext():
+    if not is_recording():
+        yield
+        return
+    from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing  # which is slow to import
+
+    with disable_proxy_modes_tracing():
         yield
 
 

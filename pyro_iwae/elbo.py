@@ -27,13 +27,14 @@ from pyro_iwae.gradients import OVIS, Coefficients, PathGradient, Pathwise, Samp
 from pyro_iwae.logweights import LogWeights
 from pyro_iwae.memory import advice_on_memory
 from pyro_iwae.objectives import Objective
-from pyro_iwae.options import as_count, require_callables, require_options, require_switch
+from pyro_iwae.options import as_count, require_callables, require_gradients, require_options, require_switch
 from pyro_iwae.particles import Call
 from pyro_iwae.plates import latent_sites, nesting
 from pyro_iwae.sharing import Sharing
 from pyro_iwae.state import get_random_state, modules_behind, set_random_state
 from pyro_iwae.step import handed_out
 from pyro_iwae.structure import StructureCache
+from pyro_iwae.threads import in_one_thread
 from pyro_iwae.totals import LogMean, Totals
 from pyro_iwae.traces import Recording, fill_densities, require_site_shapes, run_pair
 from pyro_iwae.tree import PlateParticles, Tree
@@ -172,6 +173,9 @@ class ImportanceWeightedELBO(Grouped, ELBO):
         _require_kind("gradient", gradient, PathGradient, "an estimator such as Pathwise() or DoublyReparameterized()")
         _require_kind("score", score, ScoreGradient, "an estimator such as OVIS() or VIMCO()")
         require_switch("compile", compile)
+        require_switch("strict_enumeration_warning", strict_enumeration_warning)
+        if retain_graph is not None:
+            require_switch("retain_graph", retain_graph)
         PlateParticles.of(plate_particles, num_particles=1, combine=combine)
         self.vectorize_particles = vectorize_particles
         self.plate_particles = plate_particles
@@ -197,7 +201,7 @@ class ImportanceWeightedELBO(Grouped, ELBO):
         if self._ranks is not None:
             self._ranks.share(self.num_particles)  # is there one for each?
         if objective is not None:
-            objective.totals(torch.zeros(self.num_particles))  # does K suit it?
+            objective.totals(torch.zeros(self.num_particles, device="meta"))  # does K suit it?
 
     def __call__(self, model: Any, guide: Any) -> ELBOModule:
         """The loss of a model and guide as a module, called with their arguments, for torch's optimisers and DDP.
@@ -211,6 +215,7 @@ class ImportanceWeightedELBO(Grouped, ELBO):
             module.behind = torch.nn.ModuleList(behind)
         return module
 
+    @in_one_thread
     def log_weights(self, model: Program, guide: Program, *args: Any, **kwargs: Any) -> LogWeights:
         """Draws K particles and weighs them.
 
@@ -237,6 +242,7 @@ class ImportanceWeightedELBO(Grouped, ELBO):
         chunks = self._chunks(call)
         return self._draw(call).weights if chunks is None else chunks.weigh()
 
+    @in_one_thread
     def bound(self, model: Program, guide: Program, *args: Any, **kwargs: Any) -> Tensor:
         """The bound (or the other objective) for each independent plate element, in nats.
 
@@ -258,6 +264,7 @@ class ImportanceWeightedELBO(Grouped, ELBO):
         surrogate = Coefficients(slope, slope, slope, slope).surrogate(weights)
         return totals.value + (surrogate - surrogate.detach())
 
+    @in_one_thread
     def loss(self, model: Program, guide: Program, *args: Any, **kwargs: Any) -> float:
         """Minus the bound, scaled and summed over elements, in nats."""
         if self._ranks is not None:
@@ -267,6 +274,7 @@ class ImportanceWeightedELBO(Grouped, ELBO):
         weights = self._values(Call(model, guide, args, kwargs))
         return -torch_item(weights.total(self._totals(weights).value))
 
+    @in_one_thread
     def differentiable_loss(self, model: Program, guide: Program, *args: Any, **kwargs: Any) -> Tensor:
         """The loss as a scalar tensor whose ``backward()`` gives the gradient estimate."""
         call = Call(model, guide, args, kwargs)
@@ -278,6 +286,7 @@ class ImportanceWeightedELBO(Grouped, ELBO):
             return self._single("differentiable_loss", model, guide, args, kwargs)
         return self._step(call)[1]
 
+    @in_one_thread
     def loss_and_grads(self, model: Program, guide: Program, *args: Any, **kwargs: Any) -> float:
         """The loss, in nats; adds the gradient estimate to the ``grad`` of every parameter.
 
@@ -285,12 +294,9 @@ class ImportanceWeightedELBO(Grouped, ELBO):
             RuntimeError: where gradients are turned off, as in ``torch.no_grad()``.
             ValueError: also where a parameter's gradient comes out as NaN because a site's log density is -inf.
         """
-        if not torch.is_grad_enabled():
-            raise RuntimeError(
-                "expected gradients to be on in loss_and_grads (and so in SVI.step), got torch.no_grad() or "
-                "inference_mode(), in which no parameter would be trained; write loss(...) or svi.evaluate_loss(...) "
-                "for the value alone"
-            )
+        require_gradients(
+            "loss_and_grads (and so in SVI.step)", "loss(...) or svi.evaluate_loss(...) for the value alone"
+        )
         call = Call(model, guide, args, kwargs)
         if self.compile and self._ranks is None:
             result = self._recorded.step(call, self._frozen)

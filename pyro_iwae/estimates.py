@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from pyro_iwae.options import as_number
 from pyro_iwae.totals import LogMean
 
 __all__ = ["Estimate", "student_quantile"]
@@ -90,7 +91,7 @@ class Estimate:
 
     def width(self, level: float = 0.95) -> Tensor:
         """Half the width of that interval."""
-        if not 0.0 < level < 1.0:
+        if not 0.0 < as_number("level", level) < 1.0:
             raise ValueError(f"expected level between 0 and 1, as in 0.95, got {level}")
         quantiles = {int(n): student_quantile(0.5 + level / 2.0, int(n) - 1) for n in self.count.unique()}
         width = torch.zeros_like(self.value)

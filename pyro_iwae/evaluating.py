@@ -27,6 +27,7 @@ from pyro_iwae.distributed import Ranks, by_first, in_all
 from pyro_iwae.evaluation import Evaluation, require_constant
 from pyro_iwae.options import (
     as_count,
+    as_counts,
     as_number,
     require_callables,
     require_draws,
@@ -37,6 +38,7 @@ from pyro_iwae.particles import Call
 from pyro_iwae.parts import Part, figures
 from pyro_iwae.state import seeded, unchanged_state
 from pyro_iwae.structure import StructureCache
+from pyro_iwae.threads import in_one_thread
 from pyro_iwae.tree import PlateParticles
 from pyro_iwae.turns import Turn
 
@@ -50,6 +52,7 @@ MOST = 20  # times num_replicates, where max_replicates is not given
 REDRAWN_EVERY = 0.5  # seconds, of the figure beside the bar
 
 
+@in_one_thread
 def evaluate(
     model: Program,
     guide: Program,
@@ -138,13 +141,16 @@ def evaluate(
     require_options(vectorize_particles, max_plate_nesting)
     num_particles = as_count("num_particles", num_particles)
     num_replicates = as_count("num_replicates", num_replicates, least=2)
-    most = MOST * num_replicates if max_replicates is None else as_count("max_replicates", max_replicates)
+    targets = _targets(target_ess, target_std_error)
+    most = _most(max_replicates, num_replicates, targets)
     require_chunk_size(chunk_size)
     require_switch("progress", progress)
     if posterior_draw is not None:
         require_draws("posterior_draw", posterior_draw)
     if not as_number("save_every", save_every) >= 0.0:
         raise ValueError(f"expected save_every >= 0 seconds, got {save_every}")
+    if unpack is not None and not callable(unpack):
+        raise TypeError(f"expected unpack to be a function of a batch, as in lambda batch: batch[0], got {unpack!r}")
     if data is None and (unpack is not None or row_plate is not None):
         raise ValueError("expected data= for unpack and row_plate, which say what to make of its batches, got none")
     if data is not None and posterior_draw is not None:
@@ -165,7 +171,6 @@ def evaluate(
         "ks": _ladder(ks, num_particles),
         "plate_particles": None if wanted is None else repr(plate_particles),
     }
-    targets = _targets(target_ess, target_std_error)
     total = num_replicates * (len(data) if hasattr(data, "__len__") else 1)  # type: ignore[arg-type]
     ranks = Ranks.of(process_group)
     if ranks is not None:
@@ -273,13 +278,18 @@ def _ladder(ks: Sequence[int] | None, num_particles: int) -> list[int]:
     if ks is None:
         tens = (10**i for i in range(len(str(num_particles))))
         ks = [d * ten for ten in tens for d in (1, 2, 5) if 2 * d * ten <= num_particles]
-    if not isinstance(ks, Iterable) or isinstance(ks, str):
-        raise TypeError(f"expected ks to be several numbers of particles, as in [1, 10, 100], got {ks!r}")
-    for k in ks:
-        as_count("ks", k)
-    if max(ks, default=1) > num_particles:
-        raise ValueError(f"expected ks up to num_particles={num_particles}, got {max(ks)}")
-    return sorted({1, *map(int, ks), num_particles})
+    found = as_counts("ks", ks)
+    if max(found, default=1) > num_particles:
+        raise ValueError(f"expected ks up to num_particles={num_particles}, got {max(found)}")
+    return sorted({1, *found, num_particles})
+
+
+def _most(max_replicates: int | None, num_replicates: int, targets: Mapping[str, float]) -> int:
+    if max_replicates is None:
+        return MOST * num_replicates
+    if not targets:
+        raise ValueError("expected target_ess or target_std_error beside max_replicates, got none; see num_replicates")
+    return as_count("max_replicates", max_replicates, least=num_replicates)
 
 
 def _targets(ess: float | None, std_error: float | None) -> dict[str, float]:

@@ -18,9 +18,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from pyro_iwae.densities import log_prob_of
-from pyro_iwae.options import as_count, require_callables
+from pyro_iwae.options import as_count, require_callables, require_gradients, require_switch
 from pyro_iwae.plates import latent_sites, sample_sites
 from pyro_iwae.state import unchanged_state
+from pyro_iwae.threads import in_one_thread
 from pyro_iwae.traces import run_given, run_pair
 
 if TYPE_CHECKING:
@@ -116,6 +117,7 @@ class GradientSNR:
         return ax
 
 
+@in_one_thread
 def gradient_snr(
     elbo: ELBO,
     model: Callable[..., Any],
@@ -146,6 +148,7 @@ def gradient_snr(
         The ratios.
 
     Raises:
+        RuntimeError: where gradients are turned off.
         TypeError: where an argument has the wrong type.
         ValueError: where there are no parameters, or too few replicates.
 
@@ -165,6 +168,8 @@ def gradient_snr(
     if not isinstance(elbo, ELBO):
         raise TypeError(f"expected elbo to be an ELBO such as ImportanceWeightedELBO(64), got {elbo!r}")
     require_callables(model, guide)
+    require_gradients("gradient_snr", "it outside of the block")
+    require_switch("progress", progress)
     per_group = -(-as_count("num_replicates", num_replicates, least=2 * GROUPS) // GROUPS)
     roles, params = parameters_of(model, guide, args, kwargs)
     if not params:

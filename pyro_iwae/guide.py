@@ -33,7 +33,7 @@ from pyro_iwae.logweights import LogWeights
 from pyro_iwae.options import as_count, require_callables, require_draws, require_options
 from pyro_iwae.owning import Owning
 from pyro_iwae.particles import Call
-from pyro_iwae.plates import Layout
+from pyro_iwae.plates import Layout, latent_sites
 from pyro_iwae.pooled import draw_pooled, require_method
 from pyro_iwae.resampling import multinomial
 from pyro_iwae.selection import Passed, Selection, difference, model_values, select, select_passing
@@ -41,6 +41,8 @@ from pyro_iwae.shared_draws import select_shared
 from pyro_iwae.sharing import Sharing
 from pyro_iwae.state import modules_behind, unchanged_state
 from pyro_iwae.structure import Structure, StructureCache
+from pyro_iwae.threads import in_one_thread
+from pyro_iwae.traces import Pair
 from pyro_iwae.tree import PlateParticles
 from pyro_iwae.verdicts import Question
 from pyro_iwae.weighing import Particles, weigh_particles
@@ -150,6 +152,7 @@ class ImportanceResampledGuide(Grouped, Owning):
 
     # As a guide
 
+    @in_one_thread
     def forward(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
         """Emits one draw as sample sites, and its log density as a factor; returns the values by name."""
         call = self._call(args, kwargs, enclosing_frames())
@@ -274,6 +277,7 @@ class ImportanceResampledGuide(Grouped, Owning):
         with torch.no_grad(), block_messengers(lambda m: isinstance(m, LiftMessenger)), hidden, Minibatch():
             yield
 
+    @in_one_thread
     def sample(self, num_draws: int, *args: Any, method: str | None = None, **kwargs: Any) -> dict[str, Tensor]:
         """Draws from q_EW: independent ones, each with K particles of its own, or many from the same K.
 
@@ -308,7 +312,9 @@ class ImportanceResampledGuide(Grouped, Owning):
                 return draw_pooled(call, self._weigh(call), num_draws, method)
         call = self._call(args, kwargs)
         with self._apart(), self._together(call, "sample"):
-            structure = in_all(self._ranks, lambda: self._weigh(call, 1, averaged=False).structure)
+            first = in_all(self._ranks, lambda: self._weigh(call, 1, averaged=False))
+            _require_latents(first.pairs[0])
+            structure = first.structure
             if not structure.run.vectorized:
                 return _stacked([self(*args, **kwargs) for _ in range(num_draws)])
             most = structure.run.tree.most(self.num_particles)
@@ -332,6 +338,7 @@ class ImportanceResampledGuide(Grouped, Owning):
             with self._inside():
                 in_all(self._ranks, Question(inside, num_particles=self.num_particles, **options).answer)
 
+    @in_one_thread
     def expectation(
         self, fn: Callable[[dict[str, Tensor]], Tensor], *args: Any, num_batches: int = 32, **kwargs: Any
     ) -> Tensor:
@@ -379,6 +386,7 @@ class ImportanceResampledGuide(Grouped, Owning):
         mean, _ = sharing.drawn(draw, lambda found: found[1])
         return mean.gathered(sharing.ranks.gather, self.num_particles)
 
+    @in_one_thread
     def log_density(
         self, draws: Mapping[str, Tensor], *args: Any, num_batches: int = 32, **kwargs: Any
     ) -> Float[Tensor, "draws *plates"]:
@@ -400,7 +408,7 @@ class ImportanceResampledGuide(Grouped, Owning):
             NotImplementedError: where the guide's density at given values is not known.
         """
         num_batches = as_count("num_batches", num_batches)
-        require_draws("draws", draws)
+        require_draws("draws", draws, stacked=True)
         call = self._call(args, kwargs)
         with self._apart(), self._together(call, "log_density") as sharing:
             at, log_p, weigh = self._at(call, dict(draws), None if sharing is None else sharing.turn.minibatch)
@@ -410,6 +418,7 @@ class ImportanceResampledGuide(Grouped, Owning):
             log_weights = torch.stack([weigh() for _ in range(num_batches)], 1)
             return log_density(log_p, log_weights, sums, num_particles=self.num_particles)
 
+    @in_one_thread
     def elbo_interval(self, *args: Any, num_batches: int = 32, num_replicates: int = 16, **kwargs: Any) -> ElboInterval:
         """Lower and upper bound on ELBO[q_EW], which is never below the importance weighted bound.
 
@@ -483,6 +492,11 @@ def _stacked(draws: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
                 f"{sorted(draw)}; call the posterior itself for one draw at a time, a dict by name"
             )
     return {n: torch.stack([d[n] for d in draws]) for n in draws[0]}
+
+
+def _require_latents(pair: Pair) -> None:
+    if not any([*latent_sites(trace)] for trace in (pair.model, pair.guide)):
+        raise ValueError("expected a model with latents to draw, got one without any")
 
 
 def _require_enclosing(layout: Layout, enclosing: Sequence[CondIndepStackFrame]) -> None:

@@ -25,6 +25,7 @@ from pyro_iwae.options import as_count
 from pyro_iwae.particles import Call, Run, spread_value, stacked_value, unchanged_enumeration
 from pyro_iwae.plates import PARTICLES, Site, plate_scale, sample_sites
 from pyro_iwae.selection import model_values
+from pyro_iwae.threads import in_one_thread
 
 if TYPE_CHECKING:
     from types import ModuleType
@@ -34,6 +35,7 @@ __all__ = ["to_inference_data"]
 PER_PASS = 500  # draws that the model is run on at once
 
 
+@in_one_thread
 def to_inference_data(
     posterior: ImportanceResampledGuide,
     *args: Any,
@@ -103,6 +105,9 @@ def to_inference_data(
             f"expected num_draws to be a multiple of num_chains={num_chains}, got {num_draws}; write "
             f"num_draws={max(num_chains, num_draws - num_draws % num_chains)}"
         )
+    for option, value in (("coords", coords), ("dims", dims)):
+        if value is not None and not isinstance(value, Mapping):
+            raise TypeError(f"expected {option} to be a dict by name, got {value!r}")
     found = _Found(posterior, args, kwargs, num_draws)
     groups = {
         "posterior": found.draws,
@@ -111,7 +116,8 @@ def to_inference_data(
     }
     chained = {name: {n: _chained(v, num_chains) for n, v in group.items()} for name, group in groups.items() if group}
     if found.observed:
-        chained["observed_data"] = {n: v.detach().cpu().numpy() for n, v in found.observed.items()}
+        chained["observed_data"] = {n: _numpy(v) for n, v in found.observed.items()}
+    _require_dims(dims or {}, {n: v.ndim - 2 for group in groups for n, v in chained.get(group, {}).items()})
     places = {p: list(range(size)) for p, size in found.plates.items()}
     named: dict[str, list[str | None]] = {**found.dims, **{n: list(names) for n, names in (dims or {}).items()}}
     return _assembled(arviz, chained, {**places, **(coords or {})}, named, posterior)
@@ -234,7 +240,21 @@ def _require_whole(site: Site) -> None:
 
 
 def _chained(value: Tensor, num_chains: int) -> Any:
-    return value.detach().cpu().reshape(num_chains, -1, *value.shape[1:]).numpy()
+    return _numpy(value.reshape(num_chains, -1, *value.shape[1:]))
+
+
+def _numpy(value: Tensor) -> Any:
+    value = value.float() if value.dtype == torch.bfloat16 else value  # which NumPy does not have
+    return value.detach().cpu().numpy()
+
+
+def _require_dims(dims: Mapping[str, Sequence[str]], widths: Mapping[str, int]) -> None:
+    """Raises where dimensions are named that are not there."""
+    for name, names in dims.items():
+        if name not in widths:
+            raise ValueError(f"expected dims of what was drawn or observed, {sorted(widths)}, got '{name}'")
+        if isinstance(names, str) or len(names) > widths[name]:
+            raise ValueError(f"expected at most {widths[name]} names in a list for dims['{name}'], got {names!r}")
 
 
 def _arviz() -> ModuleType:

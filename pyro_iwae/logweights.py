@@ -30,7 +30,8 @@ class LogWeights:
     Autoencoders" (Cremer, Morris, Duvenaud 2017, https://arxiv.org/abs/1704.02916).
 
     Attributes:
-        log_weights: log w, shape ``(particles, *plates)``; differentiable where model and guide are. Of a child:
+        log_weights: log w, shape ``(particles, *plates)``; differentiable where model and guide are; in single
+            precision where these are in half, whose sums would be rounded, or infinite. Of a child:
             given each particle further out, ``(particles, *outer particles, *plates)``, the innermost outer first.
         plates: names of the independent plates, in the order of the trailing dimensions.
         scale: what multiplies each element's bound in the loss: the plate scale N/B of subsampled independent
@@ -73,6 +74,25 @@ class LogWeights:
     cut: Cut | None = None
     children: tuple[LogWeights, ...] = ()
     shared: bool = False
+
+    def __post_init__(self) -> None:
+        """Refuses what has no particles or plates.
+
+        Raises:
+            TypeError: where ``log_weights`` is no tensor of floating point numbers.
+            ValueError: where it has not a dimension for the particles and each plate, or no particle.
+        """
+        found = self.log_weights
+        if not isinstance(found, Tensor) or not found.is_floating_point():
+            kind = found.dtype if isinstance(found, Tensor) else type(found).__name__
+            raise TypeError(f"expected log_weights to be a tensor of floating point numbers, got {kind}")
+        if found.dim() < 1 + len(self.plates) or len(found) == 0:
+            raise ValueError(
+                "expected log_weights of shape (particles, *plates) with a particle at least, and plates to name each "
+                f"plate's dimension, got {tuple(found.shape)} and {self.plates}"
+            )
+        if found.dtype in (torch.float16, torch.bfloat16):
+            object.__setattr__(self, "log_weights", found.float())
 
     @property
     def num_particles(self) -> int:

@@ -14,9 +14,14 @@ __all__ = ["advice_on_memory"]
 
 OUT_OF_MEMORY = (
     "can't allocate memory",  # torch on a CPU
-    "not enough memory",  # the same on Windows
-    "out of memory",  # a GPU, and any other device
+    "not enough memory: you tried to allocate",  # the same on Windows
+    "CUDA out of memory",
+    "CUDA error: out of memory",
+    "HIP out of memory",
+    "XPU out of memory",
+    "MPS backend out of memory",
     "Storage size calculation overflowed",
+    "numel: integer multiplication overflow",
 )
 
 
@@ -52,5 +57,7 @@ def _what(num_particles: int, tree: Tree) -> str:
 def _instead(num_particles: int, tree: Tree, chunked: bool) -> str:
     if tree.combined:
         return "lower num_particles or plate_particles"
-    fewer = "pass a smaller chunk_size" if chunked else f"pass chunk_size= below {num_particles}"
-    return f"{fewer}, or lower plate_particles" if tree.grows else fewer
+    fewer = "pass a smaller chunk_size"
+    if not chunked:
+        fewer = f"pass chunk_size= below {num_particles} (in the place of compile=True and of sample's method=)"
+    return f"{fewer}, or lower {'plate_particles' if tree.grows else 'num_particles'}"

@@ -227,6 +227,8 @@ class Monitor:
                 "expected writer to be None, a folder for TensorBoard, or an object with add_scalar(tag, value, step), "
                 f"got {writer!r}"
             )
+        if not isinstance(tag, str):
+            raise TypeError(f"expected tag to be what the figures' names begin with, such as 'vae', got {tag!r}")
         self.model, self.guide, self.elbo = model, guide, elbo
         self.every = as_count("every", every)
         self.tag = tag

@@ -8,12 +8,22 @@ from __future__ import annotations
 import math
 import operator
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 
-__all__ = ["as_count", "as_number", "require_callables", "require_draws", "require_options", "require_switch"]
+__all__ = [
+    "as_count",
+    "as_counts",
+    "as_number",
+    "require_callables",
+    "require_draws",
+    "require_gradients",
+    "require_options",
+    "require_switch",
+]
 
 
 def as_count(name: str, value: Any, *, least: int = 1) -> int:
@@ -33,6 +43,13 @@ def as_count(name: str, value: Any, *, least: int = 1) -> int:
     return count
 
 
+def as_counts(name: str, values: Any) -> list[int]:
+    """Whole numbers above 0; raises TypeError or ValueError with the option's name."""
+    if not isinstance(values, Iterable) or isinstance(values, str):
+        raise TypeError(f"expected {name} to be several numbers of particles, as in [1, 10, 100], got {values!r}")
+    return [as_count(name, value) for value in values]
+
+
 def as_number(name: str, value: Any) -> float:
     """A number; raises TypeError with the option's name."""
     try:
@@ -49,14 +66,30 @@ def require_switch(name: str, value: Any) -> None:
         raise TypeError(f"expected {name} to be True or False, got {value!r}")
 
 
-def require_draws(name: str, draws: Any) -> None:
-    """Raises where an argument is no dict of tensors by the names of latents."""
+def require_gradients(where: str, instead: str) -> None:
+    """Raises where gradients are turned off, and with them all that a function is for."""
+    if not torch.is_grad_enabled():
+        raise RuntimeError(
+            f"expected gradients to be on in {where}, got torch.no_grad() or inference_mode(), in which there are "
+            f"none; write {instead}"
+        )
+
+
+def require_draws(name: str, draws: Any, *, stacked: bool = False) -> None:
+    """Raises where an argument is no dict of tensors by the names of latents, of one draw or of several stacked."""
     if not isinstance(draws, Mapping) or not all(isinstance(v, Tensor) for v in draws.values()):
         found = {k: type(v).__name__ for k, v in draws.items()} if isinstance(draws, Mapping) else type(draws).__name__
         raise TypeError(f"expected {name} to be a dict of tensors by the names of the model's latents, got {found}")
     if not draws:
         raise ValueError(f"expected {name} to hold the model's latents, got none")
     for site, value in draws.items():
+        if value.is_complex():
+            raise TypeError(f"expected {name} to be real numbers, got {value.dtype} at site '{site}'")
+        if stacked and (value.dim() == 0 or len(value) == 0):
+            raise ValueError(
+                f"expected {name} with the number of draws, one at least, in front, got shape {tuple(value.shape)} at "
+                f"site '{site}'"
+            )
         if value.is_floating_point() and bool(value.isnan().any()):
             raise ValueError(f"expected {name} to be possible values, got NaN at site '{site}'")
 

@@ -34,7 +34,9 @@ __all__ = [
 
 # Names of what is kept of each replicate.
 LOG_MEAN = "log mean"
-LOG_SQUARE = "log mean square"
+LARGEST = "largest"  # and what the ESS needs, relative to it: beside large log weights it would be rounded away
+SHARE = "log mean share"
+SQUARE = "log mean square share"
 DRAWN = "drawn"  # the log weight of a particle drawn by weight
 OTHERS = "others"  # log-sum-exp of all particles but one
 DISTINCT = "distinct"
@@ -71,7 +73,9 @@ def _figures(log_weights: Tensor, ks: Sequence[int]) -> dict[str, Tensor]:
     count = log_weights.shape[0]
     found = {bound_name(k): value for k, value in bounds(log_weights, ks).items()}
     found[LOG_MEAN] = log_weights.logsumexp(0) - math.log(count)
-    found[LOG_SQUARE] = (2.0 * log_weights).logsumexp(0) - math.log(count)
+    found[LARGEST] = log_weights.amax(0)
+    relative = (log_weights - found[LARGEST]).nan_to_num(nan=-math.inf)
+    found[SHARE], found[SQUARE] = ((n * relative).logsumexp(0) - math.log(count) for n in (1.0, 2.0))
     found[DRAWN] = log_weights.gather(0, several(log_weights, 1)).squeeze(0)
     found[OTHERS] = log_weights[1:].logsumexp(0)
     found[DISTINCT] = expected_distinct(log_weights, count)
@@ -266,10 +270,11 @@ class Part:
 
     def ess(self) -> Tensor:
         """Effective sample size of all particles together, ``(*plates)``."""
-        there = self.replicates > 0
-        means, squares = (self.values[n].nan_to_num(nan=-math.inf).logsumexp(0) for n in (LOG_MEAN, LOG_SQUARE))
+        largest, share, square = (self.values[n].nan_to_num(nan=-math.inf) for n in (LARGEST, SHARE, SQUARE))
+        origin = largest - largest.amax(0)
+        means, squares = ((n * origin + v).logsumexp(0) for n, v in ((1.0, share), (2.0, square)))
         found = self.num_particles * (2.0 * means - squares).exp()
-        return torch.where(there & (squares > -math.inf), found, 0.0)
+        return torch.where(found.isnan(), 0.0, found)  # no replicate, or no particle that is possible
 
     def khat(self) -> Tensor:
         """Of all particles together, ``(*plates)``; of a shorter tail where some of its weights were not kept."""

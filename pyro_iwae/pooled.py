@@ -41,7 +41,7 @@ class Draws(dict[str, Tensor]):
 
 def require_method(method: Any, chunk_size: int | None, *, shared: bool = False) -> None:
     """Raises where there is no such method, or no place for its particles."""
-    if method not in METHODS:
+    if not isinstance(method, str) or method not in METHODS:
         raise ValueError(f"expected method to be None or one of {sorted(METHODS)}, got {method!r}")
     if chunk_size is not None:
         raise NotImplementedError(

@@ -25,6 +25,7 @@ from pyro_iwae.state import unchanged_state
 from pyro_iwae.structure import Structure, StructureCache
 from pyro_iwae.subsampling import subsampled_inside
 from pyro_iwae.terms import is_zero, outer_scale
+from pyro_iwae.threads import in_one_thread
 from pyro_iwae.traces import Pair, run_pair
 from pyro_iwae.tree import PlateParticles, Tree
 from pyro_iwae.weighing import weigh_particles
@@ -131,6 +132,7 @@ class Preflight:
         return "\n".join(lines)
 
 
+@in_one_thread
 def preflight(model: Callable[..., Any], guide: Callable[..., Any], *args: Any, **kwargs: Any) -> Preflight:
     """Looks at a model and guide before training.
 

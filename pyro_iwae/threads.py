@@ -1,7 +1,10 @@
 # Copyright Contributors to the pyro_iwae project.
 # SPDX-License-Identifier: Apache-2.0
 
-"""Two threads in Pyro at once are refused: its handlers and its param store are those of the process."""
+"""Two threads in Pyro at once are refused: its handlers and its param store are those of the process.
+
+What Pyro does around our calls, ``SVI.step`` say, is not seen, so that this is no lock for two loops to rely on.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +22,7 @@ LOCKS: dict[int, Any] = {}  # by process: one that another thread held when a pr
 
 
 def in_one_thread(function: Callable[P, R]) -> Callable[P, R]:
-    """Has a function raise where it is running in another thread."""
+    """Has a function raise where it, or another one of these, is running in another thread."""
 
     @functools.wraps(function)
     def alone(*args: P.args, **kwargs: P.kwargs) -> R:

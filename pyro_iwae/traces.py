@@ -133,6 +133,8 @@ def run_pair(
         recording: what to record for back-propagation; None is all, and no cut.
         replay: runs the model on a guide's trace; None runs it as a whole.
     """
+    if torch.is_grad_enabled():  # an older PyTorch keeps autocast's casts of a run without a graph for one with it
+        torch.clear_autocast_cache()
     recording = Recording() if recording is None else recording
     given: Any = SetValues(values) if values else nullcontext()
     cutting = CutValues(recording.leaves_out, values or ()) if recording.cut else nullcontext(None)

@@ -21,9 +21,10 @@ from pyro_iwae.evaluating import evaluate
 from pyro_iwae.evaluation import Evaluation
 from pyro_iwae.gradient_snr import gradient_snr, kept_gradients, parameters_of
 from pyro_iwae.gradients import PathGradient, Pathwise, ScoreGradient
-from pyro_iwae.options import as_count, require_callables
+from pyro_iwae.options import as_count, as_counts, as_number, require_callables, require_gradients, require_switch
 from pyro_iwae.parts import bound_name
 from pyro_iwae.state import unchanged_state
+from pyro_iwae.threads import in_one_thread
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -133,8 +134,11 @@ class Tradeoff:
         Raises:
             ValueError: where no K of the ladder is as cheap as that.
         """
-        if not worth > 0.0:
+        if not as_number("worth", worth) > 0.0:
             raise ValueError(f"expected worth > 0 nats, got {worth}")
+        for name, limit in (("max_seconds", max_seconds), ("max_bytes", max_bytes)):
+            if not as_number(name, limit) > 0.0:
+                raise ValueError(f"expected {name} > 0, got {limit}")
         cheap = [k for k, c in self.costs.items() if c.seconds <= max_seconds and c.bytes <= max_bytes]
         if not cheap:
             least = self.costs[self.ks[0]]
@@ -289,6 +293,7 @@ class Tradeoff:
         return ax
 
 
+@in_one_thread
 def tradeoff(
     model: Callable[..., Any],
     guide: Callable[..., Any],
@@ -337,6 +342,7 @@ def tradeoff(
         What was measured; ``print`` it, ``plot`` it, ask it to ``recommend`` under limits of your own.
 
     Raises:
+        RuntimeError: where gradients are turned off.
         TypeError: where an argument has the wrong type.
         ValueError: where ``ks`` are fewer than two, or as for :func:`~pyro_iwae.evaluate`.
 
@@ -352,7 +358,9 @@ def tradeoff(
         4
     """
     require_callables(model, guide)
-    ks = sorted({as_count("ks", k) for k in ks})
+    require_gradients("tradeoff", "it outside of the block")
+    require_switch("progress", progress)
+    ks = sorted(set(as_counts("ks", ks)))
     if len(ks) < 2:
         raise ValueError(f"expected at least two different ks to compare, got {ks}")
     num_steps = as_count("num_steps", num_steps, least=20)

@@ -223,7 +223,7 @@ def _adam(slot: Slot, gradient: Tensor, count: Tensor, write: Write) -> None:
     group, p = slot.group, slot.parameter
     (beta1, beta2), lr, decay = group["betas"], slot.first_lr, group["weight_decay"]
     gradient, value = -gradient if group["maximize"] else gradient, p.detach()
-    # Before torch 2.6 the class alone says so.
+    # Before torch 2.7 the class alone says so.
     decoupled = isinstance(slot.optimizer, torch.optim.AdamW) or group.get("decoupled_weight_decay", False)
     if decay and decoupled:
         value = value * (1.0 - lr * decay)

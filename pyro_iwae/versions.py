@@ -12,7 +12,7 @@ import torch
 
 __all__ = ["OLDEST", "require_version"]
 
-OLDEST = {"torch": "2.5", "pyro-ppl": "1.9"}
+OLDEST = {"torch": "2.6", "pyro-ppl": "1.9"}
 
 
 def require_version(package: str, version: str) -> None:

@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from jaxtyping import Float
@@ -66,7 +67,7 @@ class Ways:
             raise RuntimeError("these log weights have a surrogate already; let the ELBO draw new ones")
         self._multiplied.append(True)
         for leaf, factor in zip(self.leaves, self.spread(factors), strict=True):
-            leaf.register_hook(factor.mul)
+            leaf.register_hook(partial(_in_dtype_of, factor))
 
     def partial(self, total: Tensor) -> list[Tensor]:
         """Derivatives of a scalar by each leaf, every other leaf and every parameter held; detached."""
@@ -118,8 +119,9 @@ class Ways:
         largest = torch.stack(sizes).max()
         for name, slope, mask, value in zip(self.names, slopes, self.masks, self.values, strict=True):
             rounding = 1e2 * torch.finfo(slope.dtype).eps
-            # Beside other slopes, or in nats: rounding is all there is where all that depends on it is masked, too.
-            none = (slope.abs() <= rounding * largest) | ((slope * value.detach()).abs() <= rounding)
+            # Beside other slopes; or of size 1, and in nats: all there is where all that depends on it is masked, too.
+            none = slope.abs() * value.detach().abs().clamp(min=1.0) <= rounding
+            none |= slope.abs() <= rounding * largest
             if mask is not None and not holds((mask | none).all()):
                 raise ValueError(
                     f"DoublyReparameterized needs the log q of every value that reaches the weights; guide site "
@@ -169,6 +171,11 @@ class Ways:
         finally:
             for handle in handles:
                 handle.remove()
+
+
+def _in_dtype_of(factor: Tensor, slope: Tensor) -> Tensor:
+    """Their product; data may be of another precision than the value, and the weights with it."""
+    return (factor * slope).to(slope.dtype)
 
 
 def _slopes(total: Tensor, leaves: Sequence[Tensor]) -> list[Tensor]:

@@ -3,8 +3,13 @@
 
 """A file that is not as it was written is refused, whichever byte it is; what does not count is read as it was."""
 
+import json
 import os
+import signal
+import subprocess
+import sys
 
+import numpy as np
 import pytest
 import torch
 
@@ -51,6 +56,25 @@ def test_cut_anywhere(path):
     assert read_or_refuse(path, whole)
 
 
+@pytest.mark.parametrize("case", ["facts", "shape", "dtype", "dropped", "added", "no digest"])
+def test_a_whole_file_with_other_contents(path, case):
+    """Checksums of a zip file know nothing of it."""
+    with np.load(path) as whole:
+        arrays = dict(whole)
+    if case == "facts":
+        arrays["facts"] = np.frombuffer(json.dumps({"kind": "Evaluation", "x": [1, 2.25]}).encode(), dtype=np.uint8)
+    elif case == "shape":
+        arrays["w"] = arrays["w"].reshape(5, 1)
+    elif case == "dtype":
+        arrays["n"] = arrays["n"].astype(np.int32)
+    elif case == "added":
+        arrays["m"] = arrays["n"]
+    else:
+        del arrays["n" if case == "dropped" else archive.DIGEST]
+    np.savez(path, **arrays)
+    assert not read_or_refuse(path, path.read_bytes())
+
+
 def test_what_cannot_be_opened_says_so_itself(tmp_path):
     with pytest.raises(FileNotFoundError):
         archive.read(tmp_path / "none.npz", kind="Evaluation")
@@ -60,7 +84,6 @@ def test_what_cannot_be_opened_says_so_itself(tmp_path):
 
 def test_reading_runs_no_code(tmp_path):
     """An array of objects would be a pickle."""
-    import numpy as np
 
     class Runs:
         def __reduce__(self):
@@ -84,3 +107,25 @@ def test_a_save_that_breaks_off_leaves_the_old_file(path, error):
         archive.write_whole(path, broken)
     assert path.read_bytes() == whole
     assert [p.name for p in path.parent.iterdir()] == [path.name]
+
+
+KILLED = """
+import os, sys
+from pyro_iwae import archive
+
+def killed(file):
+    file.write(b"half of it")
+    file.flush()
+    os.kill(os.getpid(), 9)
+
+archive.write_whole(sys.argv[1], killed)
+"""
+
+
+def test_a_process_killed_while_it_saves_leaves_the_old_file(path):
+    whole = path.read_bytes()
+    found = subprocess.run([sys.executable, "-c", KILLED, str(path)], check=False)
+    assert found.returncode == -signal.SIGKILL
+    assert path.read_bytes() == whole
+    archive.write(path, TENSORS, FACTS)  # what it has left beside is in nobody's way
+    assert read_or_refuse(path, path.read_bytes())

@@ -22,12 +22,15 @@ from pyro_iwae import (
     TVO,
     Checkpoint,
     CompiledSVI,
+    DoublyReparameterized,
     Evaluation,
     ImportanceResampledGuide,
     ImportanceWeightedELBO,
+    LogWeights,
     Monitor,
     Renyi,
     SampledBackward,
+    StickTheLanding,
     citation,
     evaluate,
     gradient_snr,
@@ -56,6 +59,14 @@ def evaluated(**options):
 
 def compared(**options):
     return tradeoff(model, guide, **{"ks": [1, 2], "progress": False, **options})
+
+
+def held(**options):
+    return to_inference_data(posterior(), num_draws=8, **options)
+
+
+def nothing():
+    pass
 
 
 def compiled(**options):
@@ -92,6 +103,8 @@ NOT_CALLED = [
     ("gradient", lambda: elbo(gradient="dreg"), TypeError, r"such as Pathwise\(\).*got 'dreg'"),
     ("score", lambda: elbo(score="vimco"), TypeError, r"such as OVIS\(\).*got 'vimco'"),
     ("combine", lambda: elbo(combine="yes"), TypeError, "combine to be True or False, got 'yes'"),
+    ("warning", lambda: elbo(strict_enumeration_warning="x"), TypeError, "enumeration_warning to be True or False"),
+    ("retain_graph", lambda: elbo(retain_graph="x"), TypeError, "retain_graph to be True or False, got 'x'"),
     ("compile", lambda: elbo(compile="yes"), TypeError, "compile to be True or False, got 'yes'"),
     ("vectorize", lambda: elbo(vectorize_particles=2), TypeError, "None, True or False, got 2"),
     ("nesting", lambda: elbo(max_plate_nesting=-1), ValueError, "max_plate_nesting >= 0, got -1"),
@@ -109,7 +122,8 @@ NOT_CALLED = [
     ("betas that fall", lambda: TVO((0.0, 0.5, 0.2)), ValueError, "expected betas that rise"),
     ("betas of text", lambda: TVO(("a",)), TypeError, "betas to be a number, got 'a'"),
     ("alpha", lambda: Renyi("a"), TypeError, "alpha to be a number, got 'a'"),
-    ("infinite alpha", lambda: Renyi(math.inf), ValueError, "finite number.*got inf"),
+    ("infinite alpha", lambda: Renyi(math.inf), ValueError, "at most a million.*got inf"),
+    ("alpha beyond a million", lambda: Renyi(1e300), ValueError, "at most a million, got 1e\\+300"),
     ("draws", lambda: SampledBackward(draws=0), ValueError, "draws >= 1, got 0"),
     # Guide
     ("guide's K", lambda: posterior(num_particles=0), ValueError, "num_particles >= 1, got 0"),
@@ -118,12 +132,26 @@ NOT_CALLED = [
     ("no draw", lambda: posterior().sample(0), ValueError, "num_draws >= 1, got 0"),
     ("half draws", lambda: posterior().sample(2.5), TypeError, f"num_draws {WHOLE}2.5"),
     ("method", lambda: posterior().sample(3, method="best"), ValueError, "method to be None or one of .*got 'best'"),
+    ("methods", lambda: posterior().sample(3, method=["psis"]), ValueError, r"None or one of .*got \['psis'\]"),
     ("no function", lambda: posterior().expectation(None), TypeError, "fn to be a function of the draws.*got None"),
     ("no batch", lambda: posterior().expectation(len, num_batches=0), ValueError, "num_batches >= 1, got 0"),
     ("no values", lambda: posterior().log_density({}), ValueError, "draws to hold the model's latents, got none"),
     ("a list of values", lambda: posterior().log_density([1.0]), TypeError, "dict of tensors .*got list"),
     ("values that are no tensors", lambda: posterior().log_density({"z": 1.0}), TypeError, r"got {'z': 'float'}"),
     ("values of NaN", lambda: posterior().log_density({"z": DATA * math.nan}), ValueError, "NaN at site 'z'"),
+    (
+        "complex values",
+        lambda: posterior().log_density({"z": DATA + 0j}),
+        TypeError,
+        "real numbers, got torch.complex64",
+    ),
+    (
+        "no row of values",
+        lambda: posterior().log_density({"z": DATA[None][:0]}),
+        ValueError,
+        r"in front, got .*\(0, 3\)",
+    ),
+    ("one number as values", lambda: posterior().log_density({"z": DATA[0]}), ValueError, r"in front, got shape \(\)"),
     ("no companions", lambda: posterior().elbo_interval(num_batches=0), ValueError, "num_batches >= 1"),
     ("one replicate", lambda: posterior().elbo_interval(num_replicates=1), ValueError, "num_replicates >= 2"),
     # Evaluation
@@ -139,7 +167,9 @@ NOT_CALLED = [
     ("target", lambda: evaluated(target_ess=-1), ValueError, "target_ess > 0, got -1"),
     ("target of text", lambda: evaluated(target_ess="x"), TypeError, "target_ess to be a number, got 'x'"),
     ("target is NaN", lambda: evaluated(target_std_error=math.nan), ValueError, "target_std_error > 0, got nan"),
-    ("most", lambda: evaluated(max_replicates=0), ValueError, "max_replicates >= 1, got 0"),
+    ("most", lambda: evaluated(max_replicates=9), ValueError, "target_ess or target_std_error beside max_replicates"),
+    ("most below all", lambda: evaluated(max_replicates=1, target_ess=5), ValueError, "max_replicates >= 2, got 1"),
+    ("no function of a batch", lambda: evaluated(data=[DATA], unpack="x"), TypeError, "function of a batch.*got 'x'"),
     ("exact draw", lambda: evaluated(posterior_draw=3), TypeError, "posterior_draw to be a dict of tensors .*got int"),
     ("no exact draw", lambda: evaluated(posterior_draw={}), ValueError, "posterior_draw to hold the model's latents"),
     (
@@ -154,11 +184,28 @@ NOT_CALLED = [
     # The rest
     ("compared model", lambda: tradeoff(None, guide), TypeError, f"model {CALLABLE}"),
     ("nothing to compare", lambda: compared(ks=[1, 1]), ValueError, r"two different ks to compare, got \[1\]"),
+    ("compared with nothing", lambda: compared(ks=None), TypeError, "ks to be several numbers of particles.*got None"),
+    ("compared with a bar", lambda: compared(progress="x"), TypeError, "progress to be True or False, got 'x'"),
     ("compared with none", lambda: compared(ks=[0, 2]), ValueError, "ks >= 1, got 0"),
     ("report", lambda: preflight(None, guide), TypeError, f"model {CALLABLE}"),
     ("signal of nothing", lambda: gradient_snr(None, model, guide), TypeError, "elbo to be an ELBO such as"),
     ("signal of no model", lambda: gradient_snr(elbo(), 3, guide, progress=False), TypeError, f"model {CALLABLE}"),
     ("few gradients", lambda: gradient_snr(elbo(), model, guide, num_replicates=1), ValueError, "num_replicates >= 20"),
+    ("signal's bar", lambda: gradient_snr(elbo(), model, guide, progress="x"), TypeError, "progress to be True or Fal"),
+    (
+        "signal of none",
+        torch.no_grad()(lambda: gradient_snr(elbo(), model, guide)),
+        RuntimeError,
+        "in gradient_snr, got",
+    ),
+    ("costs of none", torch.no_grad()(compared), RuntimeError, "gradients to be on in tradeoff, got"),
+    (
+        "steps of none",
+        torch.inference_mode()(lambda: compiled().step()),
+        RuntimeError,
+        "outside of torch.inference_mode",
+    ),
+    ("many of none", torch.inference_mode()(lambda: compiled().run(3)), RuntimeError, "svi.evaluate_loss"),
     ("never", lambda: Monitor(model, guide, elbo(), every=0), ValueError, "every >= 1, got 0"),
     ("monitored model", lambda: Monitor(None, guide, elbo()), TypeError, f"model {CALLABLE}"),
     ("writer", lambda: Monitor(model, guide, elbo(), writer=3), TypeError, "folder for TensorBoard.*got 3"),
@@ -167,10 +214,24 @@ NOT_CALLED = [
     ("compiled model", lambda: compiled(model=None), TypeError, f"model {CALLABLE}"),
     ("no steps", lambda: compiled().run(0), ValueError, "num_steps >= 1, got 0"),
     ("steps", lambda: compiled().run("x"), TypeError, f"num_steps {WHOLE}'x'"),
+    ("steps' bar", lambda: compiled().run(2, progress="x"), TypeError, "progress to be True or False, got 'x'"),
+    ("tag", lambda: Monitor(model, guide, elbo(), tag=3), TypeError, "tag to be what the figures' names begin with.*3"),
     ("path", lambda: Checkpoint(3), TypeError, "PathLike object, not int"),
     ("cited class", lambda: citation(ImportanceWeightedELBO), TypeError, "ImportanceResampledGuide or nothing"),
     ("no posterior", lambda: to_inference_data(None), TypeError, r"expected the posterior as ImportanceResampled"),
     ("no draws to hold", lambda: to_inference_data(posterior(), num_draws=0), ValueError, "num_draws >= 1, got 0"),
+    ("coordinates", lambda: to_inference_data(posterior(), coords=3), TypeError, "coords to be a dict by name, got 3"),
+    (
+        "dimensions",
+        lambda: to_inference_data(posterior(), dims=["z"]),
+        TypeError,
+        r"dims to be a dict by name, got \['",
+    ),
+    ("weights in a list", lambda: LogWeights([0.0]), TypeError, "tensor of floating point numbers, got list"),
+    ("whole weights", lambda: LogWeights(torch.tensor([1])), TypeError, "floating point numbers, got torch.int64"),
+    ("no weights", lambda: LogWeights(torch.zeros(0, 3)), ValueError, r"a particle at least.*got \(0, 3\)"),
+    ("one weight alone", lambda: LogWeights(torch.zeros(())), ValueError, r"\(particles, \*plates\).*got \(\)"),
+    ("more plates", lambda: LogWeights(torch.zeros(2), ("data",)), ValueError, r"got \(2,\) and \('data',\)"),
 ]
 CALLED = [
     (
@@ -202,14 +263,27 @@ CALLED = [
     ("rows of none", lambda: elbo().loss(model, guide, DATA[:0]), ZeroDivisionError, "size cannot be zero"),  # Pyro's
     ("evaluation and a number", lambda: evaluated() + 3, TypeError, "unsupported operand"),
     ("level", lambda: evaluated().interval(2.0), ValueError, "level between 0 and 1, as in 0.95, got 2.0"),
+    ("a word as level", lambda: evaluated().interval("x"), TypeError, "level to be a number, got 'x'"),
+    ("worth", lambda: compared().recommend("x"), TypeError, "worth to be a number, got 'x'"),
+    ("limit", lambda: compared().recommend(max_seconds="x"), TypeError, "max_seconds to be a number, got 'x'"),
+    ("limit is NaN", lambda: compared().recommend(max_bytes=math.nan), ValueError, "max_bytes > 0, got nan"),
+    ("dimensions of none", lambda: held(dims={"q": ["a"]}), ValueError, "dims of what was drawn or observed.*got 'q'"),
+    ("more dimensions", lambda: held(dims={"z": ["a", "b"]}), ValueError, r"at most 1 names in a list for dims\['z'\]"),
+    ("draws of nothing", lambda: ImportanceResampledGuide(nothing, nothing).sample(3), ValueError, "latents to draw"),
     ("data on another device", lambda: elbo().loss(model, guide, DATA.to("meta")), RuntimeError, "meta tensors"),
-    ("complex data", lambda: elbo().loss(model, guide, DATA + 0j), NotImplementedError, "Complex"),
+    ("complex data", lambda: elbo().loss(model, guide, DATA + 0j), RuntimeError, "Complex"),
     ("data in a list", lambda: elbo().loss(model, guide, DATA.tolist()), TypeError, "list"),
     ("one number for rows", lambda: elbo().loss(model, guide, DATA[0]), TypeError, "0-d tensor"),
     ("infinite data", lambda: elbo().loss(model, guide, DATA * math.inf), ValueError, "constraint Real|NaN at model"),
     ("NaN in the data", lambda: elbo().loss(model, guide, DATA * math.nan), ValueError, "constraint Real"),
     ("K beyond memory", lambda: elbo(num_particles=HUGE).loss(model, guide), RuntimeError, f"{HUGE} .*{CHUNK}"),
     ("trained", lambda: elbo(num_particles=HUGE).loss_and_grads(model, guide), RuntimeError, f"{HUGE} .*{CHUNK}"),
+    (
+        "K that overflows",
+        lambda: elbo(num_particles=2**63 - 1).loss(model, guide),
+        RuntimeError,
+        "do not fit in memory",
+    ),
     ("drawn", lambda: posterior(num_particles=HUGE)(), RuntimeError, f"{HUGE} .*{CHUNK}"),
     ("evaluated with", lambda: evaluated(num_particles=HUGE), RuntimeError, f"{HUGE} .*{CHUNK}"),
     (
@@ -222,7 +296,7 @@ CALLED = [
         "plates beyond memory",
         lambda: elbo(plate_particles={"data": HUGE}).loss(model, guide),
         RuntimeError,
-        r"each with those of \['data'\], .* below 3, or lower plate_particles",
+        r"each with those of \['data'\], .* below 3 .*, or lower plate_particles",
     ),
     (
         "combined beyond memory",
@@ -268,12 +342,26 @@ def test_backward_pass_beyond_memory(error):
         elbo(num_particles=1).loss_and_grads(model, large_guide)  # there is nothing to make smaller
 
 
-def test_other_errors_of_a_model_are_its_own():
-    def broken():
-        raise RuntimeError("the data base is down")
+@pytest.mark.parametrize("text", ["the data base is down", "the queue ran out of memory cards"])
+def test_other_errors_of_a_model_are_its_own(text):
+    works = [True]
 
-    with raises_cleanly(elbo(), RuntimeError, "^the data base is down"):
-        elbo().loss(broken, guide)
+    def broken():
+        model()
+        if not works[0]:
+            raise RuntimeError(text)
+
+    loss = elbo()
+    loss.loss(broken, guide)  # inspected
+    works[0] = False
+    with raises_cleanly(elbo(), RuntimeError, f"^{text}"):
+        loss.loss(broken, guide)
+
+
+def test_an_objective_is_asked_about_K_without_its_particles():
+    """Which would not fit in memory, where chunks do."""
+    for objective in (Renyi(0.5), MIWAE(2), PIWAE(2), CIWAE(0.5), TVO((0.0, 0.5))):
+        assert elbo(num_particles=10**14, chunk_size=10, objective=objective).num_particles == 10**14
 
 
 def test_a_chunk_may_be_larger_than_K():
@@ -299,17 +387,54 @@ def inference_tensor():
     ],
     ids=["whole numbers", "double", "half", "every other", "column", "made in inference mode"],
 )
-def test_data_of_all_kinds(data):
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"gradient": StickTheLanding()},
+        {"gradient": DoublyReparameterized()},
+        {"gradient": DoublyReparameterized(), "chunk_size": 2},
+    ],
+    ids=lambda o: "-".join(map(str, o.values())) or "pathwise",
+)
+def test_data_of_all_kinds(data, options):
     """Mixed dtypes, gaps between entries: the loss and gradient of plain ones."""
     found = []
     for rows in (torch.tensor([1.0, 2.0, 2.0]), data):
         pyro.clear_param_store()
-        loss = elbo()
+        loss = elbo(**options)
         loss.loss(model, guide, rows)
         pyro.set_rng_seed(1)
         found.append([loss.loss_and_grads(model, guide, rows), *[p.grad.item() for p in unconstrained()]])
     half = data.dtype == torch.float16  # so are the model's numbers then
     assert found[1] == pytest.approx(found[0], rel=1e-5, abs=1e-2 if half else 1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"gradient": SampledBackward(draws=2)},
+        {"gradient": DoublyReparameterized(), "plate_particles": {"data": 2}},
+        {"gradient": DoublyReparameterized(), "compile": True},
+    ],
+    ids=["sampled", "plates", "compiled"],
+)
+@pytest.mark.filterwarnings("ignore:the compiled step and the recording")  # in half precision they round differently
+def test_latents_in_single_precision_and_data_in_another(options, dtype):
+    def single_guide(x):
+        guide(x.float())
+
+    found = []
+    for rows in (DATA, DATA.to(dtype)):
+        pyro.clear_param_store()
+        loss = elbo(**options)
+        loss.loss(model, single_guide, rows)
+        pyro.set_rng_seed(1)
+        found.append([loss.loss_and_grads(model, single_guide, rows), *[p.grad.item() for p in unconstrained()]])
+    if isinstance(loss.gradient, SampledBackward):  # other particles may be drawn
+        found = [[loss] for loss, *_ in found]
+    assert found[1] == pytest.approx(found[0], rel=1e-5, abs=1e-6 if dtype == torch.float64 else 5e-2)
 
 
 def unconstrained():

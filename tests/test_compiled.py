@@ -1069,11 +1069,9 @@ NORMALS = {
 }
 
 
-OLD = tuple(map(int, torch.__version__.split(".")[:2])) < (2, 6)
 RANDN = "bare", "written out", "used after", "randn", "twice", "in a product"
 
 
-@pytest.mark.skipif(OLD, reason="before torch 2.6 the compiler does not say that it calls by way of Python")
 def test_calls_by_way_of_python_are_not_compiled_as_calls_from_c(compiling, caplog, monkeypatch):
     """They would be slower, and a logger would say so of each."""
     import torch._inductor as inductor

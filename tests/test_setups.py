@@ -58,10 +58,61 @@ class Meeting:
     def __init__(self):
         self.inside, self.go_on = threading.Event(), threading.Event()
 
-    def slow_model(self, x):
+    def wait(self):
         self.inside.set()
         assert self.go_on.wait(60)
+
+    def slow_model(self, x):
+        self.wait()
         model(x)
+
+    def slow_mean(self, values):
+        self.wait()
+        return values["z"]
+
+    def slow_back(self, x):
+        """A model through which one goes back slowly."""
+        meeting = self
+
+        class Slow(torch.autograd.Function):
+            @staticmethod
+            def forward(ctx, value):
+                return value.clone()
+
+            @staticmethod
+            def backward(ctx, gradient):
+                meeting.wait()
+                return gradient
+
+        with pyro.plate("rows", len(x)):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("x", dist.Normal(Slow.apply(z), 1.0), obs=x)
+
+
+HELD = {
+    "in a model": lambda m: ImportanceWeightedELBO(num_particles=2).loss(m.slow_model, guide, ROWS),
+    "in a model, K = 1": lambda m: ImportanceWeightedELBO(num_particles=1).loss(m.slow_model, guide, ROWS),
+    "going back": lambda m: ImportanceWeightedELBO(num_particles=2).loss_and_grads(m.slow_back, guide, ROWS),
+    "in a function": lambda m: ImportanceResampledGuide(model, guide, 2).expectation(m.slow_mean, ROWS),
+}
+
+
+@pytest.mark.parametrize("held", HELD)
+@pytest.mark.parametrize("num_particles", [1, 2])
+def test_wherever_the_first_thread_is(held, num_particles):
+    """Also where Pyro's own ELBO runs, and where model and guide have been left."""
+    meeting, loss = Meeting(), ImportanceWeightedELBO(num_particles=num_particles)
+    loss.loss(model, guide, ROWS)
+    first = threading.Thread(target=HELD[held], args=(meeting,))
+    first.start()
+    try:
+        assert meeting.inside.wait(60)
+        with pytest.raises(RuntimeError, match="one thread at a time"):
+            loss.loss_and_grads(model, guide, ROWS)
+    finally:
+        meeting.go_on.set()
+        first.join()
+    loss.loss_and_grads(model, guide, ROWS)
 
 
 @pytest.mark.parametrize(

@@ -20,14 +20,14 @@ def test_the_oldest_are_those_of_the_metadata():
     assert {f"{package}>={version}" for package, version in OLDEST.items()} <= set(wanted)
 
 
-@pytest.mark.parametrize("version", ["2.5", "2.5.1", "2.13.0+cpu", "3.0.0", "2.14.0a0+git12", "2.10.0rc1"])
+@pytest.mark.parametrize("version", ["2.6", "2.6.1", "2.13.0+cpu", "3.0.0", "2.14.0a0+git12", "2.10.0rc1"])
 def test_what_is_new_enough(version):
     require_version("torch", version)
 
 
-@pytest.mark.parametrize("version", ["2.4.1", "1.13.1", "0.4", "2.4.0+cu121"])
+@pytest.mark.parametrize("version", ["2.5.1", "1.13.1", "0.4", "2.5.0+cu121"])
 def test_what_is_too_old(version):
-    with pytest.raises(ImportError, match=r"expected torch >= 2.5, got .*pip install --upgrade 'torch>=2.5'"):
+    with pytest.raises(ImportError, match=r"expected torch >= 2.6, got .*pip install --upgrade 'torch>=2.6'"):
         require_version("torch", version)
 
 
