@@ -21,7 +21,7 @@ every := $(filter-out $(peers),$(wildcard benchmarks/*.py)) $(peers)
 .PHONY: help demo test nightly docs bench bench-all bench-smoke lint locked audit oldest newest clean
 
 help:  ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z -]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' Makefile
 
 demo: $(examples_installed)  ## install what the examples need, then train and judge VAEs on real digits
 	$(python) examples/digits_vae.py

@@ -116,6 +116,7 @@ def tilted(column, beta):
 
 
 def tvo_slope(column, betas):
+    column = [x - max(column) for x in column]  # or 60 digits were too few
     widths = [b - a for a, b in zip(betas, [*betas[1:], Decimal(1)], strict=True)]
     slopes = [Decimal(0)] * len(column)
     for beta, width in zip(betas, widths, strict=True):
@@ -168,7 +169,7 @@ def test_objectives(column, name, dtype):
     for a, b in zip(found.tolist(), map(float, slope(numbers)), strict=True):
         assert math.isfinite(a)
         assert abs(a - b) <= 16 * eps * (1.0 + min(size, 1e5)) * abs(b) + 1e-37 or size > 1e6
-        assert size <= 1e6 or name == "thermodynamic" or abs(a - b) < 1e-6
+        assert size <= 1e6 or abs(a - b) < 1e-6 * (1.0 + abs(b))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -364,23 +365,25 @@ def extreme(size, score):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("objective", [None, MIWAE(2), CIWAE(0.3), PIWAE(2), Renyi(0.5), TVO((0.0, 0.5))], ids=repr)
 @pytest.mark.parametrize(
-    "options",
+    "options, objective",
     [
-        {"gradient": Pathwise()},
-        {"gradient": StickTheLanding()},
-        {"gradient": DoublyReparameterized()},
-        {"score": VIMCO()},
-        {"score": OVIS()},
+        (options, objective)
+        for options in (
+            {"gradient": Pathwise()},
+            {"gradient": StickTheLanding()},
+            {"gradient": DoublyReparameterized()},
+            {"score": VIMCO()},
+            {"score": OVIS()},
+        )
+        for objective in (None, MIWAE(2), CIWAE(0.3), PIWAE(2), Renyi(0.5), TVO((0.0, 0.5)))
+        if objective is None or not isinstance(options.get("score"), OVIS)  # which is for the bound itself
     ],
-    ids=lambda o: repr(next(iter(o.values()))),
+    ids=repr,
 )
 @pytest.mark.parametrize("size", [1e-30, 1.0, 1e3, 1e8, 1e15])
 def test_no_gradient_is_nan(size, options, objective, precision):
     """It is at most the size of the log weights and their slopes."""
-    if isinstance(options.get("score"), OVIS) and objective is not None:
-        pytest.skip("OVIS is for the bound itself")
     pyro.set_rng_seed(2)
     model, guide = extreme(size, "score" in options)
     elbo = ImportanceWeightedELBO(num_particles=4, objective=objective, **options)
