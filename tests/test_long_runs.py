@@ -95,11 +95,23 @@ def held(owner):
     return found
 
 
+def training(**options):
+    loss = elbo(**options)
+    return loss, lambda x: loss.loss_and_grads(flat_model, flat_guide, x)
+
+
+def compiled_steps():
+    svi = CompiledSVI(flat_model, flat_guide, Adam({"lr": 1e-3}), elbo())
+    return svi, svi.step
+
+
 SHAPED = {
-    "loss": lambda: (elbo(), "loss_and_grads"),
-    "sequential": lambda: (elbo(vectorize_particles=False), "loss_and_grads"),
-    "chunks": lambda: (elbo(chunk_size=2), "loss_and_grads"),
-    "recorded": lambda: (elbo(compile=True), "loss_and_grads"),
+    "loss": training,
+    "sequential": lambda: training(vectorize_particles=False),
+    "chunks": lambda: training(chunk_size=2),
+    "plates": lambda: training(plate_particles={"data": 2}),
+    "recorded": lambda: training(compile=True),
+    "compiled steps": compiled_steps,
 }
 
 
@@ -109,11 +121,10 @@ SHAPED = {
 @pytest.mark.filterwarnings("ignore::UserWarning")
 def test_caches_do_not_grow_with_shapes(way, count):
     """What is held after 1,000 shapes is what is held after some."""
-    loss, method = SHAPED[way]()
-    sizes = []
+    (owner, step), sizes = SHAPED[way](), []
     for rows in shapes(count):
-        getattr(loss, method)(flat_model, flat_guide, torch.randn(rows))
-        sizes.append(held(loss))
+        step(torch.randn(rows))
+        sizes.append(held(owner))
     assert sizes[-1] <= 2 * max(sizes[: max(8, count // 50)])
 
 
