@@ -42,7 +42,6 @@ from pyro_iwae.sharing import Sharing
 from pyro_iwae.state import modules_behind, unchanged_state
 from pyro_iwae.structure import Structure, StructureCache
 from pyro_iwae.threads import in_one_thread
-from pyro_iwae.traces import Pair
 from pyro_iwae.tree import PlateParticles
 from pyro_iwae.verdicts import Question
 from pyro_iwae.weighing import Particles, weigh_particles
@@ -313,7 +312,8 @@ class ImportanceResampledGuide(Grouped, Owning):
         call = self._call(args, kwargs)
         with self._apart(), self._together(call, "sample"):
             first = in_all(self._ranks, lambda: self._weigh(call, 1, averaged=False))
-            _require_latents(first.pairs[0])
+            if not any([*latent_sites(trace)] for trace in (first.pairs[0].model, first.pairs[0].guide)):
+                return {}
             structure = first.structure
             if not structure.run.vectorized:
                 return _stacked([self(*args, **kwargs) for _ in range(num_draws)])
@@ -492,11 +492,6 @@ def _stacked(draws: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
                 f"{sorted(draw)}; call the posterior itself for one draw at a time, a dict by name"
             )
     return {n: torch.stack([d[n] for d in draws]) for n in draws[0]}
-
-
-def _require_latents(pair: Pair) -> None:
-    if not any([*latent_sites(trace)] for trace in (pair.model, pair.guide)):
-        raise ValueError("expected a model with latents to draw, got one without any")
 
 
 def _require_enclosing(layout: Layout, enclosing: Sequence[CondIndepStackFrame]) -> None:

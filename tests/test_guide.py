@@ -678,6 +678,7 @@ def test_model_without_latents():
     x = torch.tensor([1.0, 2.0])
     assert posterior(x) == {}
     assert posterior.sample(5, x) == {}
+    assert ImportanceResampledGuide(lambda: None, lambda: None, 3).sample(5) == {}
     assert Trace_ELBO().loss(model, posterior, x) == pytest.approx(-dist.Normal(0.0, 1.0).log_prob(x).sum())
 
 
