@@ -26,6 +26,7 @@ from torch.nn.parameter import is_lazy
 from pyro_iwae.archive import require_folder, write_whole
 from pyro_iwae.constraint_codes import decoded, encoded
 from pyro_iwae.distributed import Ranks, by_first, in_all
+from pyro_iwae.graphless import graph_if
 from pyro_iwae.options import as_count
 from pyro_iwae.state import get_random_state, module_behind, set_random_state, unchanged_state
 
@@ -166,7 +167,7 @@ class Checkpoint:
     def _restored(self, payload: bytes, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int:
         saved = self._unpacked(payload)
         self._require_parts(saved["states"].keys())
-        with unchanged_state(*self._programs), poutine.block(), torch.no_grad():
+        with unchanged_state(*self._programs), poutine.block(), graph_if(False):
             for program in self._programs:
                 program(*args, **kwargs)
         for part, module in self._modules.items():

@@ -16,7 +16,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
-from typing import Any, TypeVar
+from typing import Any
 
 import pyro
 import torch
@@ -24,6 +24,7 @@ from pyro import poutine
 from torch import Tensor
 
 from pyro_iwae.crossing import close, roughly_close, site_values
+from pyro_iwae.graphless import without_graph
 from pyro_iwae.handlers import Minibatch
 from pyro_iwae.logweights import LogWeights
 from pyro_iwae.options import as_count
@@ -39,9 +40,8 @@ from pyro_iwae.traces import Recording
 from pyro_iwae.verdicts import Question
 from pyro_iwae.weighing import Particles, sites_at_fault, warn_of_impossible, weigh_particles
 
-__all__ = ["Chunks", "Impossible", "chunks_of", "loss_of_part", "require_chunk_size", "without_graph"]
+__all__ = ["Chunks", "Impossible", "chunks_of", "loss_of_part", "require_chunk_size"]
 
-Result = TypeVar("Result")
 MOST_STARTS = 4  # parameters and verdicts that are made on the way are there the next time
 
 
@@ -347,17 +347,6 @@ def loss_of_part(weights: LogWeights, totals: Totals, surrogate: Tensor, share: 
     constant = {name: share * value for name, value in weights.constant.items()}
     value = share * totals.value + (surrogate - surrogate.detach())
     return -replace(weights, constant=constant).total(value)
-
-
-def without_graph(fn: Callable[[], Result]) -> Result:
-    """Runs something without a graph, to save memory; with one where model or guide takes gradients of its own."""
-    try:
-        with torch.no_grad():
-            return fn()
-    except RuntimeError as error:
-        if not torch.is_grad_enabled() or isinstance(error, torch.OutOfMemoryError):
-            raise
-        return fn()
 
 
 class Impossible:

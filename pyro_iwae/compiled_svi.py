@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from pyro_iwae.compiled import CompiledSteps
 from pyro_iwae.elbo import ImportanceWeightedELBO
+from pyro_iwae.graphless import graph_if
 from pyro_iwae.options import as_count, require_callables, require_switch
 from pyro_iwae.particles import Call
 from pyro_iwae.step import Step
@@ -134,7 +135,7 @@ class CompiledSVI:
 
     def evaluate_loss(self, *args: Any, **kwargs: Any) -> float:
         """The loss, in nats, without a step."""
-        with torch.no_grad():
+        with graph_if(False):
             return self.loss.loss(self.model, self.guide, *args, **kwargs)
 
     def recapture(self) -> None:

@@ -201,7 +201,7 @@ class ImportanceWeightedELBO(Grouped, ELBO):
         if self._ranks is not None:
             self._ranks.share(self.num_particles)  # is there one for each?
         if objective is not None:
-            objective.totals(torch.zeros(self.num_particles, device="meta"))  # does K suit it?
+            objective.require_count(self.num_particles)
 
     def __call__(self, model: Any, guide: Any) -> ELBOModule:
         """The loss of a model and guide as a module, called with their arguments, for torch's optimisers and DDP.

@@ -25,6 +25,7 @@ from pyro_iwae.batches import Source, fingerprint
 from pyro_iwae.chunks import require_chunk_size
 from pyro_iwae.distributed import Ranks, by_first, in_all
 from pyro_iwae.evaluation import Evaluation, require_constant
+from pyro_iwae.graphless import graph_if
 from pyro_iwae.options import (
     as_count,
     as_counts,
@@ -102,7 +103,8 @@ def evaluate(
         target_ess: goes on drawing until each element has such an effective sample size, from all that was drawn.
             Rows of ``data`` that have it are drawn no more; without ``data`` all are drawn until the last has it.
         target_std_error: likewise, until each element's log evidence has at most such a standard error, in nats.
-        max_replicates: goes on up to so many; by default 20 times ``num_replicates``. ``short`` tells what is missing.
+        max_replicates: goes on up to so many, ``num_replicates`` at least; by default 20 times that. ``short`` tells
+            what is missing. It needs a target.
         posterior_draw: a draw of all latents from the exact posterior, by name, which simulated data come with; for
             an upper bound on the log evidence.
         save_to: a file. What is drawn is saved there every ``save_every`` seconds and at the end; where the file is
@@ -305,7 +307,7 @@ def _targets(ess: float | None, std_error: float | None) -> dict[str, float]:
 def _apart() -> Iterator[None]:
     """Without a graph, and out of reach of the handlers outside, but for parameters."""
     hidden = poutine.block(hide_fn=lambda msg: msg["type"] != "param")
-    with torch.no_grad(), block_messengers(lambda m: isinstance(m, LiftMessenger)), hidden:
+    with graph_if(False), block_messengers(lambda m: isinstance(m, LiftMessenger)), hidden:
         yield
 
 

@@ -28,6 +28,7 @@ from pyro_iwae.distributed import Grouped, in_all
 from pyro_iwae.emission import Boundary, Emission
 from pyro_iwae.expectation import WeightedMean
 from pyro_iwae.given import weigh_at
+from pyro_iwae.graphless import graph_if
 from pyro_iwae.handlers import Minibatch, ParticlePlate, enclosing_frames
 from pyro_iwae.logweights import LogWeights
 from pyro_iwae.options import as_count, require_callables, require_draws, require_options
@@ -170,7 +171,7 @@ class ImportanceResampledGuide(Grouped, Owning):
         with particles.minibatch:
             emitted = emit.values()
         if emit.replaced:
-            with self._inside(), torch.set_grad_enabled(torch.is_grad_enabled() and not passed.refuses):
+            with self._inside(), graph_if(torch.is_grad_enabled() and not passed.refuses):
                 selection = self._density_at(call, emitted, particles, passed.log_others)
             selection = selection.refusing(option) if passed.refuses else selection
         with particles.minibatch:
@@ -273,7 +274,7 @@ class ImportanceResampledGuide(Grouped, Owning):
     def _apart(self) -> Iterator[None]:
         """Without a graph, on one minibatch, and out of reach of the handlers outside, but for parameters."""
         hidden = poutine.block(hide_fn=lambda msg: msg["type"] != "param")
-        with torch.no_grad(), block_messengers(lambda m: isinstance(m, LiftMessenger)), hidden, Minibatch():
+        with graph_if(False), block_messengers(lambda m: isinstance(m, LiftMessenger)), hidden, Minibatch():
             yield
 
     @in_one_thread

@@ -117,7 +117,8 @@ def to_inference_data(
     chained = {name: {n: _chained(v, num_chains) for n, v in group.items()} for name, group in groups.items() if group}
     if found.observed:
         chained["observed_data"] = {n: _numpy(v) for n, v in found.observed.items()}
-    _require_dims(dims or {}, {n: v.ndim - 2 for group in groups for n, v in chained.get(group, {}).items()})
+    widths = {n: v.ndim - 2 for name in groups for n, v in chained.get(name, {}).items()}
+    _require_dims(dims or {}, {**widths, **{n: v.dim() for n, v in found.observed.items()}})
     places = {p: list(range(size)) for p, size in found.plates.items()}
     named: dict[str, list[str | None]] = {**found.dims, **{n: list(names) for n, names in (dims or {}).items()}}
     return _assembled(arviz, chained, {**places, **(coords or {})}, named, posterior)
@@ -253,7 +254,7 @@ def _require_dims(dims: Mapping[str, Sequence[str]], widths: Mapping[str, int]) 
     for name, names in dims.items():
         if name not in widths:
             raise ValueError(f"expected dims of what was drawn or observed, {sorted(widths)}, got '{name}'")
-        if isinstance(names, str) or len(names) > widths[name]:
+        if isinstance(names, str) or not isinstance(names, Sequence) or len(names) > widths[name]:
             raise ValueError(f"expected at most {widths[name]} names in a list for dims['{name}'], got {names!r}")
 
 

@@ -26,6 +26,7 @@ from pyro_iwae.branching import Branching
 from pyro_iwae.crossing import close, enough_particles, roughly_close, site_values
 from pyro_iwae.densities import varies_along
 from pyro_iwae.drawn import settable
+from pyro_iwae.graphless import graph_if
 from pyro_iwae.handlers import Minibatch
 from pyro_iwae.particles import Call, Run, batch_dim
 from pyro_iwae.plates import (
@@ -86,7 +87,7 @@ class _Inspection:
         self.trial.probed = (probe.model, probe.guide)
         run = Run(self._depth(probe, max_plate_nesting), False, _asks_enumeration(probe))
         self.trial.batch_dims = {n: batch_dim(s) for n, s in latent_sites(probe.guide)}
-        with torch.set_grad_enabled(grad):
+        with graph_if(grad):
             if run.enumerated:
                 (pair,) = self.trial.particles(1, run)
                 terms_of(pair, Layout(), None)  # what cannot be summed out raises here, whatever the run
@@ -118,7 +119,7 @@ class _Inspection:
         """One run, without a graph, to save memory; with one where model or guide takes gradients of its own."""
         alone = Run(0, False, False)
         try:
-            with torch.no_grad():
+            with graph_if(False):
                 return self.trial.particles(1, alone)[0], False
         except RuntimeError:
             return self.trial.particles(1, alone)[0], torch.is_grad_enabled()

@@ -57,7 +57,5 @@ def _what(num_particles: int, tree: Tree) -> str:
 def _instead(num_particles: int, tree: Tree, chunked: bool) -> str:
     if tree.combined:
         return "lower num_particles or plate_particles"
-    fewer = "pass a smaller chunk_size"
-    if not chunked:
-        fewer = f"pass chunk_size= below {num_particles} (in the place of compile=True and of sample's method=)"
+    fewer = "pass a smaller chunk_size" if chunked else f"pass chunk_size= below {num_particles}"
     return f"{fewer}, or lower {'plate_particles' if tree.grows else 'num_particles'}"

@@ -45,7 +45,8 @@ def as_count(name: str, value: Any, *, least: int = 1) -> int:
 
 def as_counts(name: str, values: Any) -> list[int]:
     """Whole numbers above 0; raises TypeError or ValueError with the option's name."""
-    if not isinstance(values, Iterable) or isinstance(values, str):
+    one = isinstance(values, str | bytes) or (isinstance(values, Tensor) and values.dim() == 0)
+    if one or not isinstance(values, Iterable):
         raise TypeError(f"expected {name} to be several numbers of particles, as in [1, 10, 100], got {values!r}")
     return [as_count(name, value) for value in values]
 

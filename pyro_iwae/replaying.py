@@ -10,10 +10,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
 from pyro_iwae.logweights import LogWeights
 from pyro_iwae.state import get_random_state, set_random_state, unchanged_state
+from pyro_iwae.threads import acting_for, this_thread
 
 __all__ = ["Remade", "require_replayed", "unlike"]
 
@@ -28,11 +28,13 @@ class Remade:
 
     def __init__(self, run: Callable[[], LogWeights], *programs: Callable[..., Any]) -> None:
         self.run, self.programs = run, programs
-        self.random = get_random_state()
+        self.random, self.thread = get_random_state(), this_thread()
         self.first: LogWeights | None = None
 
     def weights(self) -> LogWeights:
         """Makes them."""
+        from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop  # slow to import in older versions
+
         with set_checkpoint_early_stop(False):  # model and guide end in good order
             numbers = iter(checkpoint(self._numbers, use_reentrant=False, preserve_rng_state=False))
         assert self.first is not None
@@ -43,7 +45,7 @@ class Remade:
             weights = self.run()
             self.first = weights.mapped(Tensor.detach)
             return weights.numbers()
-        with unchanged_state(*self.programs):
+        with acting_for(self.thread), unchanged_state(*self.programs):
             set_random_state(self.random)
             weights = self.run()
         require_replayed(weights.log_weights, self.first.log_weights)

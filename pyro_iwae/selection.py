@@ -19,6 +19,7 @@ from torch import Tensor
 
 from pyro_iwae.chunks import Chunks
 from pyro_iwae.gradients import OVIS, Pathwise
+from pyro_iwae.graphless import graph_if
 from pyro_iwae.handlers import EnclosingPlates, Minibatch
 from pyro_iwae.logweights import LogWeights
 from pyro_iwae.particles import Call, spread_value, stacked_latents, stacked_value, unchanged_enumeration
@@ -150,7 +151,7 @@ class Held:
 
 def completed(call: Call, held: Held, num_particles: int) -> Passed:
     """The draw that is held, with the sites that were summed out, and its density."""
-    with torch.no_grad():
+    with graph_if(False):
         values, sites, log_p = _completed(call, held.particles, held.picked)
         density = difference(log_p, held.log_sum - math.log(num_particles))
     return Passed(Selection(values, sites, density), held.particles, held.log_sum, held.log_others, held.graph)
@@ -170,10 +171,10 @@ def pass_by(chunks: Chunks) -> Held:
     graph, seen = torch.is_grad_enabled(), chunks.seen
     log_sum = log_others = torch.tensor(-math.inf)
     chunks = chunks.with_guide_once(cut=False)
-    with torch.no_grad():
+    with graph_if(False):
         drawing, count = chunks.draw(), len(chunks.edges)
         for i in range(count):
-            with torch.set_grad_enabled(graph and held is None):  # one chunk tells whether there is a graph
+            with graph_if(graph and held is None):  # one chunk tells whether there is a graph
                 particles = next(drawing)
             log_weights = seen.looked_at(particles).log_weights
             if held is None:

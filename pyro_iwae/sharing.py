@@ -23,9 +23,10 @@ from pyro import poutine
 from torch import Tensor
 from torch.nn.parameter import is_lazy
 
-from pyro_iwae.chunks import Chunks, chunks_of, loss_of_part, without_graph
+from pyro_iwae.chunks import Chunks, chunks_of, loss_of_part
 from pyro_iwae.distributed import Ranks, bits_of, checksum, in_all, number_of
 from pyro_iwae.drawn import settable
+from pyro_iwae.graphless import without_graph
 from pyro_iwae.logweights import LogWeights
 from pyro_iwae.particles import Call
 from pyro_iwae.piecemeal import Piecemeal

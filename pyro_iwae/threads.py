@@ -11,14 +11,56 @@ from __future__ import annotations
 import functools
 import os
 import threading
-from collections.abc import Callable
-from typing import Any, ParamSpec, TypeVar
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import ParamSpec, TypeVar
 
-__all__ = ["in_one_thread"]
+__all__ = ["acting_for", "in_one_thread", "this_thread"]
 
 P = ParamSpec("P")
 R = TypeVar("R")
-LOCKS: dict[int, Any] = {}  # by process: one that another thread held when a process was forked stays held
+
+
+class _Turn:
+    """Which thread is inside, and in how many calls."""
+
+    def __init__(self) -> None:
+        self.mutex, self.thread, self.depth = threading.Lock(), 0, 0
+
+    def begin(self, thread: int) -> None:
+        with self.mutex:
+            if self.depth and self.thread != thread:
+                raise RuntimeError(
+                    "expected one thread at a time to run model and guide, got two: Pyro keeps effect handlers and "
+                    "parameters for the whole process, so that each would see the other's sites. Use processes "
+                    "(multiprocessing, torchrun), or a lock of your own around svi.step and the like"
+                )
+            self.thread, self.depth = thread, self.depth + 1
+
+    def end(self) -> None:
+        with self.mutex:
+            self.depth -= 1
+
+
+TURNS: dict[int, _Turn] = {}  # by process: a turn that another thread had when a process was forked never ends
+ACTING = threading.local()
+
+
+def this_thread() -> int:
+    """The thread that is running, or that this one acts for."""
+    return getattr(ACTING, "thread", threading.get_ident())
+
+
+@contextmanager
+def acting_for(thread: int) -> Iterator[None]:
+    """Has the thread that is running count as another: PyTorch goes back in threads of its own on a GPU."""
+    before = vars(ACTING).copy()
+    ACTING.thread = thread
+    try:
+        yield
+    finally:
+        vars(ACTING).clear()
+        vars(ACTING).update(before)
 
 
 def in_one_thread(function: Callable[P, R]) -> Callable[P, R]:
@@ -26,16 +68,11 @@ def in_one_thread(function: Callable[P, R]) -> Callable[P, R]:
 
     @functools.wraps(function)
     def alone(*args: P.args, **kwargs: P.kwargs) -> R:
-        lock = LOCKS.setdefault(os.getpid(), threading.RLock())
-        if not lock.acquire(blocking=False):
-            raise RuntimeError(
-                "expected one thread at a time to run model and guide, got two: Pyro keeps effect handlers and "
-                "parameters for the whole process, so that each would see the other's sites. Use processes "
-                "(multiprocessing, torchrun), or a lock of your own around svi.step and the like"
-            )
+        turn = TURNS.setdefault(os.getpid(), _Turn())
+        turn.begin(this_thread())
         try:
             return function(*args, **kwargs)
         finally:
-            lock.release()
+            turn.end()
 
     return alone

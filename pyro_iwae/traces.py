@@ -10,7 +10,7 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -28,6 +28,7 @@ from torch import Tensor
 
 from pyro_iwae.cutting import CutSite, CutValues
 from pyro_iwae.densities import infinity_message, log_prob_of, nan_message, score_parts_of
+from pyro_iwae.graphless import graph_if
 from pyro_iwae.plates import PARTICLES, Site, latent_sites, sample_sites
 
 __all__ = ["Pair", "Recording", "fill_densities", "run_pair"]
@@ -133,13 +134,11 @@ def run_pair(
         recording: what to record for back-propagation; None is all, and no cut.
         replay: runs the model on a guide's trace; None runs it as a whole.
     """
-    if torch.is_grad_enabled():  # an older PyTorch keeps autocast's casts of a run without a graph for one with it
-        torch.clear_autocast_cache()
     recording = Recording() if recording is None else recording
     given: Any = SetValues(values) if values else nullcontext()
     cutting = CutValues(recording.leaves_out, values or ()) if recording.cut else nullcontext(None)
     around_guide = around if around_guide is None else around_guide
-    of_model = nullcontext if recording.model else torch.no_grad
+    of_model = partial(graph_if, recording.model and torch.is_grad_enabled())
     messenger: Any = poutine.unwrap(guide)
     if isinstance(messenger, GuideMessenger):  # runs model and guide together
         _require_apart(messenger, enumerate_from, recording)

@@ -48,6 +48,8 @@ from tests.programs import LATENT, programs
 from tests.statistics import assert_same_mean
 from tests.trees import tree_programs
 
+OLD = tuple(map(int, torch.__version__.split(".")[:2])) < (2, 7)
+
 
 @pytest.fixture(autouse=True)
 def recorded_only(request, monkeypatch):
@@ -549,7 +551,7 @@ class Dropping(torch.nn.Module):
             pyro.sample("z", dist.Normal(loc, log_scale.exp()))
 
 
-@pytest.mark.filterwarnings("ignore:.*BatchNorm")
+@pytest.mark.filterwarnings("ignore:.*BatchNorm", *(["ignore:the compiled step and the recording"] if OLD else []))
 def test_dropout_and_running_means_are_those_of_the_step(compiling):
     results = []
     for recorded in (False, True):

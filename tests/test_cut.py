@@ -910,7 +910,7 @@ def masked_away(unit, factor):
     return model, guide
 
 
-@pytest.mark.parametrize("unit", [1.0, 1e5])
+@pytest.mark.parametrize("unit", [1.0, 1e5])  # in small units its rounding is not to be told from a slope: refused
 def test_a_masked_value_that_reaches_the_weights_by_rounding_alone(unit):
     """A coin that is summed out adds log 1, whatever its odds."""
     elbo = ImportanceWeightedELBO(num_particles=4, gradient=DoublyReparameterized())
@@ -925,6 +925,24 @@ def test_a_masked_value_that_does_reach_the_weights_is_refused_in_any_unit(unit)
     elbo = ImportanceWeightedELBO(num_particles=4, gradient=DoublyReparameterized())
     with pytest.raises(ValueError, match="site 'z' is masked there and reaches them"):
         elbo.loss_and_grads(*masked_away(unit, lambda z: -0.5 * z**2))
+
+
+def test_a_masked_value_beside_a_tight_one_is_refused():
+    """The slope of 3 that it has is small beside a million."""
+
+    def model():
+        with poutine.mask(mask=False):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        pyro.sample("y", dist.Normal(0.0, 1e-6))
+        pyro.factor("f", -0.5 * (z - 3.0) ** 2)
+
+    def guide():
+        with poutine.mask(mask=False):
+            pyro.sample("z", dist.Normal(pyro.param("loc", torch.tensor(0.0)), 1.0))
+        pyro.sample("y", dist.Normal(0.0, 1e-6))
+
+    with pytest.raises(ValueError, match="site 'z' is masked there and reaches them"):
+        ImportanceWeightedELBO(4, gradient=DoublyReparameterized()).loss_and_grads(model, guide)
 
 
 @pytest.mark.parametrize("alone", [False, True], ids=["beside another", "alone"])

@@ -19,6 +19,7 @@ ORDER = [
         "decisions",
         "distributed",
         "exact",
+        "graphless",
         "options",
         "owning",
         "piecemeal",

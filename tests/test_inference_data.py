@@ -378,3 +378,22 @@ def test_no_latents_no_draws():
 
     with pytest.raises(ValueError, match="needs latents to draw"):
         to_inference_data(ImportanceResampledGuide(model, lambda: None, 5), num_draws=8)
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_names_of_event_dimensions_and_half_precision():
+    """Of what was observed, too; NumPy has no bfloat16."""
+    x = torch.ones(3, 2, dtype=torch.bfloat16)
+
+    def model():
+        mu = pyro.sample("mu", dist.Normal(torch.zeros((), dtype=x.dtype), torch.ones((), dtype=x.dtype)))
+        with pyro.plate("rows", 3):
+            pyro.sample("x", dist.Normal(mu[..., None], torch.ones(2, dtype=x.dtype)).to_event(1), obs=x)
+
+    def guide():
+        pyro.sample("mu", dist.Normal(torch.zeros((), dtype=x.dtype), torch.ones((), dtype=x.dtype)))
+
+    posterior = ImportanceResampledGuide(model, guide, num_particles=3)
+    found = to_inference_data(posterior, num_draws=40, dims={"x": ["rows", "pixel"]})
+    assert dict(found.observed_data.sizes) == {"rows": 3, "pixel": 2}
+    assert found.posterior["mu"].dtype == np.float32

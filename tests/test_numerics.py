@@ -442,18 +442,34 @@ def test_autocast(half, compiled):
     eps = torch.finfo(half).eps
     assert half_loss != loss and half_loss == pytest.approx(loss, rel=16 * eps)
     assert bool(half_gradient.isfinite().all())
-    assert float((half_gradient - gradient).norm() / gradient.norm()) < 32 * eps
+    assert float((half_gradient - gradient).norm() / gradient.norm()) < max(32 * eps, 0.125)
 
 
 @pytest.mark.parametrize("gradient", [Pathwise(), DoublyReparameterized(), SampledBackward(draws=2)], ids=repr)
 @pytest.mark.parametrize("chunk_size", [None, 20])
 def test_autocast_trains_every_layer(gradient, chunk_size):
-    """Also those that ran without a graph inside of the same block, as in an inspection or a chunk."""
-    decoder, x = Decoder(), torch.randn(5, 8, generator=torch.Generator().manual_seed(3))
+    """Also those that ran without a graph inside of the same block, as in an inspection or a chunk.
+
+    An older PyTorch would take the casts that autocast keeps of such a run: none are kept.
+    """
+    decoder, x, kept = Decoder(), torch.randn(5, 8, generator=torch.Generator().manual_seed(3)), []
+
+    def looked_at(program):
+        def run(x):
+            kept.append((torch.is_grad_enabled(), torch.is_autocast_cache_enabled()))
+            return program(x)
+
+        return run
+
+    pair = looked_at(decoder.model), looked_at(decoder.guide)
     elbo = ImportanceWeightedELBO(num_particles=60, gradient=gradient, chunk_size=chunk_size)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        elbo.loss(decoder.model, decoder.guide, x)
-        elbo.loss_and_grads(decoder.model, decoder.guide, x)
+        elbo.loss(*pair, x)
+        evaluate(*pair, x, num_particles=10, num_replicates=2, progress=False)
+        ImportanceResampledGuide(*pair, 5).sample(2, x)
+        elbo.loss_and_grads(*pair, x)
+        assert torch.is_autocast_cache_enabled()
+    assert set(kept) == {(False, False), (True, True)}
     for parameter in decoder.parameters():
         assert parameter.grad is not None and float(parameter.grad.norm()) > 1e-3
 

@@ -13,11 +13,18 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from pyro import poutine
 from pyro.infer import SVI
 from pyro.optim import Adam
 from torch.utils.data import DataLoader, TensorDataset
 
-from pyro_iwae import ImportanceResampledGuide, ImportanceWeightedELBO, evaluate
+from pyro_iwae import (
+    CompiledSVI,
+    ImportanceResampledGuide,
+    ImportanceWeightedELBO,
+    evaluate,
+    preflight,
+)
 
 
 def model(x):
@@ -66,6 +73,10 @@ class Meeting:
         self.wait()
         model(x)
 
+    def slow_batch(self, batch):
+        self.wait()
+        return batch
+
     def slow_mean(self, values):
         self.wait()
         return values["z"]
@@ -93,6 +104,11 @@ HELD = {
     "in a model": lambda m: ImportanceWeightedELBO(num_particles=2).loss(m.slow_model, guide, ROWS),
     "in a model, K = 1": lambda m: ImportanceWeightedELBO(num_particles=1).loss(m.slow_model, guide, ROWS),
     "going back": lambda m: ImportanceWeightedELBO(num_particles=2).loss_and_grads(m.slow_back, guide, ROWS),
+    "in a step": lambda m: CompiledSVI(m.slow_back, guide, Adam({"lr": 0.1}), ImportanceWeightedELBO(2)).step(ROWS),
+    "in a report": lambda m: preflight(m.slow_model, guide, ROWS),
+    "between batches": lambda m: evaluate(
+        model, guide, data=[ROWS], unpack=m.slow_batch, num_particles=2, num_replicates=2, progress=False
+    ),
     "in a function": lambda m: ImportanceResampledGuide(model, guide, 2).expectation(m.slow_mean, ROWS),
 }
 
@@ -140,6 +156,46 @@ def test_two_threads_at_once_are_refused(ask):
         first.join()
     assert len(found) == 1
     ask(model)
+
+
+def test_going_back_in_a_thread_of_torchs_own():
+    """As on a GPU: what a model makes again on the way back belongs to the call that goes back."""
+    inner = ImportanceWeightedELBO(num_particles=4, chunk_size=2)
+
+    class Elsewhere(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            ctx.inside = x.detach().requires_grad_()
+            with torch.enable_grad(), poutine.block():
+                ctx.bound = inner.bound(model, guide, ROWS).sum() + 0.0 * ctx.inside
+            return ctx.bound.detach().clone()
+
+        @staticmethod
+        def backward(ctx, gradient):
+            failures = []
+
+            def back():
+                try:
+                    ctx.bound.backward()
+                except Exception as error:
+                    failures.append(error)
+
+            thread = threading.Thread(target=back)
+            thread.start()
+            thread.join()
+            assert not failures, failures
+            return gradient
+
+    def outer_model():
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        pyro.factor("f", Elsewhere.apply(z))
+
+    def outer_guide():
+        pyro.sample("z", dist.Normal(pyro.param("loc", torch.tensor(0.0)), 1.0))
+
+    loss = ImportanceWeightedELBO(num_particles=2, vectorize_particles=False)
+    loss.loss_and_grads(outer_model, outer_guide)
+    assert pyro.param("loc").unconstrained().grad is not None
 
 
 def test_a_thread_of_its_own():

@@ -23,7 +23,7 @@ from pyro_iwae.objectives.objective import Objective
 from pyro_iwae.options import as_count
 from pyro_iwae.totals import Gather, LogMean, Totals
 
-__all__ = ["MIWAE", "Groups"]
+__all__ = ["MIWAE", "Groups", "require_groups"]
 
 
 @dataclass(frozen=True)
@@ -57,11 +57,23 @@ class MIWAE(Objective):
     def __post_init__(self) -> None:
         object.__setattr__(self, "groups", as_count("groups", self.groups))
 
+    def require_count(self, num_particles: int) -> None:
+        require_groups(self.groups, num_particles)
+
     def totals(self, log_weights: Float[Tensor, "particles *plates"]) -> Totals:
         return Groups.of(log_weights, self.groups)
 
     def totals_of_part(self, log_weights: Float[Tensor, "particles *plates"], start: int, count: int) -> Totals:
         return Groups.of_part(log_weights, self.groups, start, count)
+
+
+def require_groups(groups: int, count: int) -> None:
+    """Raises ValueError where K particles cannot be divided into so many groups."""
+    if count % groups:
+        raise ValueError(
+            f"expected num_particles to be a multiple of the {groups} groups, got {count}; each group has "
+            "num_particles / groups particles"
+        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -88,11 +100,7 @@ class Groups(Totals):
             ValueError: where they cannot be divided into so many groups.
         """
         count = log_weights.shape[0]
-        if count % groups:
-            raise ValueError(
-                f"expected num_particles to be a multiple of the {groups} groups, got {count}; each group has "
-                "num_particles / groups particles"
-            )
+        require_groups(groups, count)
         # (particles, *plates) as (particles of a group, groups, *plates)
         split = log_weights.unflatten(0, (groups, -1)).transpose(0, 1)
         return cls(LogMean.of(split), groups, 0, count)

@@ -11,6 +11,7 @@ from typing import ClassVar
 from jaxtyping import Float
 from torch import Tensor
 
+from pyro_iwae.options import as_count
 from pyro_iwae.totals import Totals
 
 __all__ = ["Objective"]
@@ -26,6 +27,10 @@ class Objective(ABC):
 
     separates: ClassVar[bool] = False
     reference: ClassVar[str]
+
+    def require_count(self, num_particles: int) -> None:
+        """Raises ValueError where K does not suit it, before any particle is drawn."""
+        as_count("num_particles", num_particles)
 
     @abstractmethod
     def totals(self, log_weights: Float[Tensor, "particles *plates"]) -> Totals:

@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 from jaxtyping import Float
 from torch import Tensor
 
-from pyro_iwae.objectives.miwae import Groups
+from pyro_iwae.objectives.miwae import Groups, require_groups
 from pyro_iwae.objectives.objective import Objective
 from pyro_iwae.options import as_count
 from pyro_iwae.totals import Gather, LogMean, Totals
@@ -60,6 +60,9 @@ class PIWAE(Objective):
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "groups", as_count("groups", self.groups))
+
+    def require_count(self, num_particles: int) -> None:
+        require_groups(self.groups, num_particles)
 
     def totals(self, log_weights: Float[Tensor, "particles *plates"]) -> Totals:
         whole = LogMean.of(log_weights)

@@ -31,8 +31,8 @@ class Renyi(Objective):
     See "Rényi Divergence Variational Inference" (Li & Turner 2016, https://arxiv.org/abs/1602.02311).
 
     Args:
-        alpha: the order, 1 or at least 0.001 away from it (rounding would swamp the rest), and at most a million (all
-            but the smallest weight would vanish).
+        alpha: the order, 1 or at least 0.001 away from it (rounding would swamp the rest), and within a million of it
+            (all but one weight would vanish).
 
     Raises:
         ValueError: where alpha is none of these.
@@ -52,7 +52,7 @@ class Renyi(Objective):
         power = 1.0 - as_number("alpha", self.alpha)
         if not abs(power) <= 1e6 or 0.0 < abs(power) < 1e-3:
             raise ValueError(
-                "expected alpha to be 1, or at least 0.001 away from it and at most a million, got "
+                "expected alpha to be 1, or at least 0.001 away from it and within a million of it, got "
                 f"{self.alpha}; Renyi(1.0) is the ELBO"
             )
 
