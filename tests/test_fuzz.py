@@ -192,8 +192,11 @@ def test_value_and_gradient(program, num_particles, vectorize, path, score, obje
             return
         except Refused as reason:
             event(f"refused: {reason}")
-            # a bound in groups of one particle each, as the guide's of "partial", has no weight to square
-            assert refusal is not None or objective in ("groups", "partial")
+            # a bound in groups of one particle each, as the guide's of "partial", has no weight to square, and
+            # where one particle has all of the weight the square is the weight
+            even = weights.weights * (1.0 - weights.weights)
+            alone = "masked" in str(reason) and float(even.max()) < 1e4 * torch.finfo(dtype).eps
+            assert refusal is not None or alone or objective in ("groups", "partial")
             return
         assert refusal is None, refusal
         event(f"{path}, {score}, {objective}")
