@@ -313,9 +313,9 @@ class ImportanceResampledGuide(Grouped, Owning):
         call = self._call(args, kwargs)
         with self._apart(), self._together(call, "sample"):
             first = in_all(self._ranks, lambda: self._weigh(call, 1, averaged=False))
-            if not any([*latent_sites(trace)] for trace in (first.pairs[0].model, first.pairs[0].guide)):
+            structure, pair = first.structure, first.pairs[0]
+            if not [*latent_sites(pair.model), *latent_sites(pair.guide)]:
                 return {}
-            structure = first.structure
             if not structure.run.vectorized:
                 return _stacked([self(*args, **kwargs) for _ in range(num_draws)])
             most = structure.run.tree.most(self.num_particles)

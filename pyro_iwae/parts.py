@@ -18,6 +18,7 @@ from pyro_iwae.diagnostics import expected_distinct, tail_khat, tail_length
 from pyro_iwae.estimates import Estimate
 from pyro_iwae.evidence import bounds, jackknives
 from pyro_iwae.resampling import several
+from pyro_iwae.totals import finite_origin
 
 __all__ = [
     "DISTINCT",
@@ -74,7 +75,7 @@ def _figures(log_weights: Tensor, ks: Sequence[int]) -> dict[str, Tensor]:
     found = {bound_name(k): value for k, value in bounds(log_weights, ks).items()}
     found[LOG_MEAN] = log_weights.logsumexp(0) - math.log(count)
     found[LARGEST] = log_weights.amax(0)
-    relative = (log_weights - found[LARGEST]).nan_to_num(nan=-math.inf)
+    relative = log_weights - finite_origin(found[LARGEST])
     found[SHARE], found[SQUARE] = ((n * relative).logsumexp(0) - math.log(count) for n in (1.0, 2.0))
     found[DRAWN] = log_weights.gather(0, several(log_weights, 1)).squeeze(0)
     found[OTHERS] = log_weights[1:].logsumexp(0)
@@ -271,7 +272,7 @@ class Part:
     def ess(self) -> Tensor:
         """Effective sample size of all particles together, ``(*plates)``."""
         largest, share, square = (self.values[n].nan_to_num(nan=-math.inf) for n in (LARGEST, SHARE, SQUARE))
-        origin = largest - largest.amax(0)
+        origin = largest - finite_origin(largest.amax(0))
         means, squares = ((n * origin + v).logsumexp(0) for n, v in ((1.0, share), (2.0, square)))
         found = self.num_particles * (2.0 * means - squares).exp()
         return torch.where(found.isnan(), 0.0, found)  # no replicate, or no particle that is possible

@@ -48,19 +48,17 @@ ACTING = threading.local()
 
 def this_thread() -> int:
     """The thread that is running, or that this one acts for."""
-    return getattr(ACTING, "thread", threading.get_ident())
+    return getattr(ACTING, "thread", None) or threading.get_ident()
 
 
 @contextmanager
 def acting_for(thread: int) -> Iterator[None]:
     """Has the thread that is running count as another: PyTorch goes back in threads of its own on a GPU."""
-    before = vars(ACTING).copy()
-    ACTING.thread = thread
+    before, ACTING.thread = getattr(ACTING, "thread", None), thread
     try:
         yield
     finally:
-        vars(ACTING).clear()
-        vars(ACTING).update(before)
+        ACTING.thread = before
 
 
 def in_one_thread(function: Callable[P, R]) -> Callable[P, R]:

@@ -138,7 +138,7 @@ def run_pair(
     given: Any = SetValues(values) if values else nullcontext()
     cutting = CutValues(recording.leaves_out, values or ()) if recording.cut else nullcontext(None)
     around_guide = around if around_guide is None else around_guide
-    of_model = partial(graph_if, recording.model and torch.is_grad_enabled())
+    of_model = nullcontext if recording.model else partial(graph_if, False)
     messenger: Any = poutine.unwrap(guide)
     if isinstance(messenger, GuideMessenger):  # runs model and guide together
         _require_apart(messenger, enumerate_from, recording)

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import textwrap
 import threading
+from contextlib import contextmanager
 
 import pyro
 import pyro.distributions as dist
@@ -65,6 +66,18 @@ class Meeting:
     def __init__(self):
         self.inside, self.go_on = threading.Event(), threading.Event()
 
+    @contextmanager
+    def holding(self, hold, *args):
+        """While another thread waits inside of something."""
+        thread = threading.Thread(target=hold, args=args)
+        thread.start()
+        try:
+            assert self.inside.wait(60)
+            yield
+        finally:
+            self.go_on.set()
+            thread.join()
+
     def wait(self):
         self.inside.set()
         assert self.go_on.wait(60)
@@ -119,15 +132,8 @@ def test_wherever_the_first_thread_is(held, num_particles):
     """Also where Pyro's own ELBO runs, and where model and guide have been left."""
     meeting, loss = Meeting(), ImportanceWeightedELBO(num_particles=num_particles)
     loss.loss(model, guide, ROWS)
-    first = threading.Thread(target=HELD[held], args=(meeting,))
-    first.start()
-    try:
-        assert meeting.inside.wait(60)
-        with pytest.raises(RuntimeError, match="one thread at a time"):
-            loss.loss_and_grads(model, guide, ROWS)
-    finally:
-        meeting.go_on.set()
-        first.join()
+    with meeting.holding(HELD[held], meeting), pytest.raises(RuntimeError, match="one thread at a time"):
+        loss.loss_and_grads(model, guide, ROWS)
     loss.loss_and_grads(model, guide, ROWS)
 
 
@@ -145,15 +151,11 @@ def test_two_threads_at_once_are_refused(ask):
     meeting, found = Meeting(), []
     loss = ImportanceWeightedELBO(num_particles=2)
     loss.loss(model, guide, ROWS)
-    first = threading.Thread(target=lambda: found.append(loss.loss(meeting.slow_model, guide, ROWS)))
-    first.start()
-    try:
-        assert meeting.inside.wait(60)
-        with pytest.raises(RuntimeError, match=r"one thread at a time.*Use processes"):
-            ask(model)
-    finally:
-        meeting.go_on.set()
-        first.join()
+    with (
+        meeting.holding(lambda: found.append(loss.loss(meeting.slow_model, guide, ROWS))),
+        pytest.raises(RuntimeError, match=r"one thread at a time.*Use processes"),
+    ):
+        ask(model)
     assert len(found) == 1
     ask(model)
 
