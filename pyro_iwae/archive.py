@@ -63,6 +63,7 @@ def write_whole(path: str | os.PathLike[str], write: Callable[[BinaryIO], None])
         path: of the file.
         write: is called with the new file, open.
     """
+    require_folder(path)
     path = Path(path)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f"{path.name}.", suffix=".part")
     try:
@@ -93,7 +94,7 @@ def read(path: str | os.PathLike[str], *, kind: str) -> tuple[dict[str, Tensor],
     Raises:
         ValueError: where the file is cut short, altered, or another kind of file.
     """
-    with open(path, "rb") as file:
+    with open(os.fspath(path), "rb") as file:  # a number would be a descriptor, of another file
         whole = io.BytesIO(file.read())  # so that what cannot be opened says so itself
     try:
         with np.load(whole, allow_pickle=False) as archive:

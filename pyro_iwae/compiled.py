@@ -28,6 +28,7 @@ from pyro_iwae.particles import Call
 from pyro_iwae.state import unchanged_state
 from pyro_iwae.step import Result, Step, has_hooks
 from pyro_iwae.structure import StructureCache
+from pyro_iwae.switches import switches
 from pyro_iwae.watching import (
     Arguments,
     Parameters,
@@ -99,7 +100,7 @@ class CompiledSteps:
         arguments = Arguments.of(call.args, call.kwargs)
         pair = self.cache.key(call.model, call.guide)
         around = handlers_around(call.model), handlers_around(call.guide)
-        key = (*pair, *around, arguments.kind, options, *_surroundings())
+        key = (*pair, *around, arguments.kind, switches(call.args, call.kwargs), options, *_surroundings())
         step = self.cache.recorded.get(key)
         if step is None or not self._is_valid(step):
             step = self._record(call, arguments, pair)

@@ -33,7 +33,7 @@ def log_density(
         num_particles: K.
 
     Returns:
-        Estimate of log q_EW at each draw, in nats.
+        Estimate of log q_EW at each draw, in nats; -inf where the model excludes the draw.
 
     Example::
 
@@ -41,7 +41,8 @@ def log_density(
         tensor([0.])
     """
     inverse = -torch.logaddexp(log_weights, companions.unsqueeze(0))
-    return log_p + math.log(num_particles / companions.shape[0]) + inverse.logsumexp(1)
+    found = log_p + math.log(num_particles / companions.shape[0]) + inverse.logsumexp(1)
+    return torch.where(log_p == -math.inf, -math.inf, found)  # also where all companions are impossible, too
 
 
 def elbo_bracket(batches: Float[Tensor, "batches particles *plates"]) -> Float[Tensor, "2 *plates"]:

@@ -14,6 +14,8 @@ from jaxtyping import Float
 from pyro.ops.stats import fit_generalized_pareto
 from torch import Tensor
 
+from pyro_iwae.options import as_count, require_log_weights
+
 __all__ = [
     "ess",
     "expected_distinct",
@@ -39,15 +41,21 @@ def ess(log_weights: Float[Tensor, "particles *plates"]) -> Float[Tensor, "*plat
         log_weights: unnormalised, in nats, shape ``(particles, *plates)``.
 
     Returns:
-        Shape ``(*plates)``; 0 where every particle is impossible.
+        Shape ``(*plates)``; 0 where every particle is impossible, NaN where a log weight is NaN or +inf.
+
+    Raises:
+        TypeError: where these are no floating point numbers.
+        ValueError: where there is no particle.
 
     Example::
 
         >>> ess(torch.tensor([0.0, 0.0, -torch.inf]))
         tensor(2.)
     """
+    log_weights = require_log_weights(log_weights)
     relative = _relative(log_weights)
-    return torch.where(relative[0].isnan(), 0.0, relative.exp().sum(0) ** 2 / (2.0 * relative).exp().sum(0))
+    found = relative.exp().sum(0) ** 2 / (2.0 * relative).exp().sum(0)
+    return torch.where(_impossible(log_weights), 0.0, found)
 
 
 def expected_distinct(log_weights: Float[Tensor, "particles *plates"], draws: int) -> Float[Tensor, "*plates"]:
@@ -58,21 +66,31 @@ def expected_distinct(log_weights: Float[Tensor, "particles *plates"], draws: in
         draws: how many independent draws from these particles.
 
     Returns:
-        Shape ``(*plates)``; 0 where every particle is impossible.
+        Shape ``(*plates)``; 0 where every particle is impossible, NaN where a log weight is NaN or +inf.
+
+    Raises:
+        TypeError: where these are no floating point numbers, or draws no whole number.
+        ValueError: where there is no particle, or no draw.
 
     Example::
 
         >>> expected_distinct(torch.zeros(2), draws=2)
         tensor(1.5000)
     """
-    weights = _relative(log_weights).exp().nan_to_num(nan=0.0)
-    share = weights / weights.sum(0).clamp(min=1.0)
+    log_weights, draws = require_log_weights(log_weights), as_count("draws", draws)
+    weights = _relative(log_weights).exp()
+    share = torch.where(_impossible(log_weights), 0.0, weights / weights.sum(0))
     return -torch.expm1(draws * torch.log1p(-share.clamp(max=1.0))).sum(0)
 
 
 def _relative(log_weights: Tensor) -> Tensor:
     """To the largest, so that large log weights lose no digits; NaN where every particle is impossible."""
     return log_weights - log_weights.amax(0)
+
+
+def _impossible(log_weights: Tensor) -> Tensor:
+    """Whether every particle is."""
+    return log_weights.amax(0) == -math.inf
 
 
 def khat_threshold(count: int) -> float:
@@ -124,13 +142,18 @@ def pareto_khat(log_weights: Float[Tensor, "particles *plates"]) -> Float[Tensor
 
     Returns:
         Shape ``(*plates)``: inf where the tail has fewer than 5 weights, -inf where all of it is alike, as at the
-        exact posterior (where ArviZ says inf).
+        exact posterior (where ArviZ says inf), NaN where a log weight is NaN or +inf.
+
+    Raises:
+        TypeError: where these are no floating point numbers.
+        ValueError: where there is no particle.
 
     Example::
 
         >>> pareto_khat(torch.zeros(1000))
         tensor(-inf)
     """
+    log_weights = require_log_weights(log_weights)
     count = log_weights.shape[0]
     largest = log_weights.detach().topk(min(tail_length(count) + 1, count), 0).values
     return tail_khat(largest, [tail_length(count)] * largest[0].numel())
@@ -169,6 +192,8 @@ class _Tail:
 
 
 def _fit(descending: Tensor, length: int) -> _Tail:
+    if bool(descending.isnan().any()) or float(descending[0]) == math.inf:
+        return _Tail(descending[:0], 0.0, math.nan)
     if length >= len(descending) or not bool(descending[0].isfinite()):  # too few; or none is possible
         return _Tail(descending[:0], 0.0, math.inf)
     relative = descending[: length + 1] - descending[0]
@@ -196,7 +221,12 @@ def psis(
     Returns:
         Normalised log weights in the same shape, and khat, shape ``(*plates)``. Where the tail cannot be fitted, the
         weights are the plain ones.
+
+    Raises:
+        TypeError: where these are no floating point numbers.
+        ValueError: where there is no particle.
     """
+    log_weights = require_log_weights(log_weights)
     count = log_weights.shape[0]
     smoothed, khats = [], []
     for column in log_weights.detach().reshape(count, -1).double().cpu().unbind(1):

@@ -37,7 +37,7 @@ from pyro_iwae.options import (
 )
 from pyro_iwae.particles import Call
 from pyro_iwae.parts import Part, figures
-from pyro_iwae.state import seeded, unchanged_state
+from pyro_iwae.state import get_random_state, seeded, set_random_state, unchanged_state
 from pyro_iwae.structure import StructureCache
 from pyro_iwae.threads import in_one_thread
 from pyro_iwae.tree import PlateParticles
@@ -162,8 +162,9 @@ def evaluate(
     wanted = PlateParticles.of(plate_particles, num_particles=num_particles)
     if wanted is not None and posterior_draw is not None:
         raise NotImplementedError("posterior_draw does not go with plate_particles yet; leave one of them out")
+    cache = StructureCache()
     options = {
-        "cache": StructureCache(),
+        "cache": cache,
         "vectorize": vectorize_particles,
         "max_plate_nesting": max_plate_nesting,
         "plate_particles": wanted,
@@ -180,7 +181,8 @@ def evaluate(
     elif save_to is not None:  # of several processes the first alone saves, and looks when the others listen
         require_folder(save_to)
     way = facts, num_replicates, most, targets, save_to is None
-    with _begun(ranks, (args, kwargs), way) as (seed, turn), _apart(), unchanged_state(model, guide):
+    begun, has_looked = _begun(ranks, (args, kwargs), way), lambda: cache.newest is not None
+    with _put_back_unless(has_looked), begun as (seed, turn), _apart(), unchanged_state(model, guide):
         first = ranks is None or ranks.rank == 0
         with tqdm(total=total, disable=not (progress and first), desc="evaluate") as bar:
             kept = Evaluation((), facts, seed, targets)
@@ -190,11 +192,24 @@ def evaluate(
             for position, rows in enumerate(batches if ranks is None else ranks.each(batches)):
 
                 def source(rows: _Rows) -> Source:
+                    cache.doubt()
                     call = Call(model, guide, rows.args, rows.kwargs)
                     return Source.of(call, num_particles, chunk_size, options, posterior_draw, turn)
 
                 run.draw(rows, source, position, row_plate)
             return run.finished()
+
+
+@contextmanager
+def _put_back_unless(has_looked: Callable[[], bool]) -> Iterator[None]:
+    """Puts random generators back where the call is refused before it has looked at model and guide."""
+    before = get_random_state()
+    try:
+        yield
+    except BaseException:
+        if not has_looked():
+            set_random_state(before)
+        raise
 
 
 @contextmanager
@@ -227,6 +242,11 @@ class _Rows:
                 "expected each batch of data as a tensor, or a tuple or dict of tensors, rows in front, got a "
                 f"{type(batch).__name__} with sizes {sorted(sizes)} in front; say what to make of it: unpack=lambda "
                 "batch: ..."
+            )
+        if isinstance(batch, Mapping) and not all(isinstance(name, str) for name in batch):
+            raise TypeError(
+                f"expected a batch of data that is a dict to have the names of arguments, got {list(batch)}; say what "
+                "to make of it: unpack=lambda batch: ..."
             )
         if isinstance(batch, Mapping):
             return cls(args, {**kwargs, **batch}, batch, sizes.pop(), args, kwargs)
@@ -365,8 +385,10 @@ class _Run:
         self.given.add(key)
         dim = None
         if rows.count is not None:
-            dim = _row_dim(source, rows.count, row_plate or self.row_plate)
-            self.row_plate = source.first.weights.plates[dim]  # of later batches, whose sizes may fit several
+            plates = source.first.weights.plates
+            known = self.row_plate if self.row_plate in plates else None  # of a batch whose size fitted one alone
+            dim = _row_dim(source, rows.count, row_plate or known)
+            self.row_plate = plates[dim]
         part = self.parts.get(key)
         if part is not None:
             part.require_like(source.probe)

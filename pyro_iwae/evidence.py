@@ -12,6 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from pyro_iwae.options import as_counts, require_log_weights
 from pyro_iwae.totals import LogMean
 
 __all__ = ["LEVEL_RATE", "bounds", "correction", "draw_level", "jackknife", "jackknives", "level_probability"]
@@ -35,11 +36,18 @@ def bounds(log_weights: Float[Tensor, "particles *plates"], ks: Sequence[int]) -
     Returns:
         By k, shape ``(*plates)``.
 
+    Raises:
+        TypeError: where these are no floating point numbers, or ks no whole numbers.
+        ValueError: where there is no particle, or a k is below 1 or above their number.
+
     Example::
 
         >>> bounds(torch.tensor([0.0, 1.0]), [1, 2])
         {1: tensor(0.5000), 2: tensor(0.6201)}
     """
+    log_weights, ks = require_log_weights(log_weights), as_counts("ks", ks)
+    if max(ks, default=1) > len(log_weights):
+        raise ValueError(f"expected ks up to {len(log_weights)}, the number of particles, got {max(ks)}")
     found: dict[int, Tensor] = {}
     sums = {1: log_weights}  # log-sum-exp of each block, by its size
     for k in sorted(ks):
@@ -67,11 +75,16 @@ def jackknife(log_weights: Float[Tensor, "particles *plates"], order: int) -> Fl
     Returns:
         Shape ``(*plates)``. Not finite where only ``order`` particles are possible at all.
 
+    Raises:
+        TypeError: where these are no floating point numbers.
+        ValueError: where the order is another, or there are too few particles.
+
     Example::
 
         >>> jackknife(torch.tensor([0.0, 1.0, 2.0]), order=1)
         tensor(1.4776)
     """
+    log_weights = require_log_weights(log_weights)
     count = log_weights.shape[0]
     if order not in (1, 2):
         raise ValueError(f"expected order 1 or 2, got {order}")

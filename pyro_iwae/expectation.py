@@ -82,10 +82,10 @@ class WeightedMean:
         self._totals = weights.totals() if before is None else before.merge(weights.totals())
         slope = self._totals.slope(weights.log_weights)
         for way in (way for way in self._ways if way.fits):
-            part = (way.align(slope) * result).sum(0)
+            part = _times(way.align(slope), result).sum(0)
             if before is not None:
                 share = self._totals.share(before).unsqueeze(0)  # of all that came before
-                part = part + (way.align(share) * way.value.unsqueeze(0)).squeeze(0)
+                part = part + _times(way.align(share), way.value.unsqueeze(0)).squeeze(0)
             way.value = part
 
     def gathered(self, gather: Gather, count: int) -> Tensor:
@@ -100,7 +100,7 @@ class WeightedMean:
         means = {}
         for i, way in enumerate(self._ways):
             if way.fits:
-                means[i] = gather((way.align(share) * way.value.unsqueeze(0)).squeeze(0)).sum(0)
+                means[i] = gather(_times(way.align(share), way.value.unsqueeze(0)).squeeze(0)).sum(0)
         return self._agreed(means)
 
     def _agreed(self, means: Mapping[int, Tensor]) -> Tensor:
@@ -117,6 +117,11 @@ class WeightedMean:
                 "in each of which fn gives one value; pass a larger chunk_size"
             )
         return best
+
+
+def _times(weights: Tensor, values: Tensor) -> Tensor:
+    """Their product; 0 where the weight is, whatever fn makes of a particle that is impossible."""
+    return torch.where(weights == 0.0, 0.0, weights * values)
 
 
 def _cross(

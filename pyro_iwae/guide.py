@@ -31,6 +31,7 @@ from pyro_iwae.given import weigh_at
 from pyro_iwae.graphless import graph_if
 from pyro_iwae.handlers import Minibatch, ParticlePlate, enclosing_frames
 from pyro_iwae.logweights import LogWeights
+from pyro_iwae.memory import require_room
 from pyro_iwae.options import as_count, require_callables, require_draws, require_options
 from pyro_iwae.owning import Owning
 from pyro_iwae.particles import Call
@@ -299,6 +300,7 @@ class ImportanceResampledGuide(Grouped, Owning):
 
         Raises:
             ValueError: where the latents differ from draw to draw, or there is no such method.
+            RuntimeError: where so many draws do not fit in memory.
             NotImplementedError: where a method meets ``chunk_size`` or ``process_group``.
 
         Warns:
@@ -324,11 +326,13 @@ class ImportanceResampledGuide(Grouped, Owning):
             plate = partial(ParticlePlate, "_importance_draws", dim=-structure.run.depth - 1)
             if min(per_pass, num_draws) > 2:
                 self._look_at_draws(call, plate(2))
-            blocks = []
+            blocks: list[dict[str, Tensor]] = []
             for start in range(0, num_draws, per_pass):
                 with plate(min(per_pass, num_draws - start)):
-                    block = self(*args, **kwargs)
-                blocks.append({n: _strip(v, n, structure) for n, v in block.items()})
+                    block = {n: _strip(v, n, structure) for n, v in self(*args, **kwargs).items()}
+                if not blocks:
+                    require_room(num_draws, block)
+                blocks.append(block)
         return {n: torch.cat([b[n] for b in blocks]) for n in blocks[0]}
 
     def _look_at_draws(self, call: Call, two: ParticlePlate) -> None:
@@ -500,9 +504,8 @@ def _require_enclosing(layout: Layout, enclosing: Sequence[CondIndepStackFrame])
         if frame.size > 1 and frame.dim not in layout.dims:
             raise ValueError(
                 f"expected model and guide to treat the elements of plate '{frame.name}' (dim={frame.dim}) apart"
-                ", got sites that mix them: draws would not be "
-                "independent. Count dimensions from the right "
-                "(dim=-1), or draw one by one: Predictive(..., parallel=False), vectorize_particles=False"
+                ", got sites that mix them: draws would not be independent. Count dimensions from the right (dim=-1), "
+                "or draw one by one: Predictive(..., parallel=False), vectorize_particles=False"
             )
 
 

@@ -254,7 +254,8 @@ def _require_dims(dims: Mapping[str, Sequence[str]], widths: Mapping[str, int]) 
     for name, names in dims.items():
         if name not in widths:
             raise ValueError(f"expected dims of what was drawn or observed, {sorted(widths)}, got '{name}'")
-        if isinstance(names, str) or not isinstance(names, Sequence) or len(names) > widths[name]:
+        listed = isinstance(names, Sequence) and not isinstance(names, str)
+        if not listed or len(names) > widths[name] or not all(isinstance(n, str | None) for n in names):
             raise ValueError(f"expected at most {widths[name]} names in a list for dims['{name}'], got {names!r}")
 
 

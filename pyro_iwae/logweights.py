@@ -14,6 +14,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from pyro_iwae.cut import Cut
+from pyro_iwae.options import require_log_weights
 from pyro_iwae.totals import LogMean
 
 __all__ = ["LogWeights"]
@@ -82,17 +83,14 @@ class LogWeights:
             TypeError: where ``log_weights`` is no tensor of floating point numbers.
             ValueError: where it has not a dimension for the particles and each plate, or no particle.
         """
-        found = self.log_weights
-        if not isinstance(found, Tensor) or not found.is_floating_point():
-            kind = found.dtype if isinstance(found, Tensor) else type(found).__name__
-            raise TypeError(f"expected log_weights to be a tensor of floating point numbers, got {kind}")
-        if found.dim() < 1 + len(self.plates) or len(found) == 0:
+        found = require_log_weights(self.log_weights)
+        if found.dim() < 1 + len(self.plates):
             raise ValueError(
                 "expected log_weights of shape (particles, *plates) with a particle at least, and plates to name each "
                 f"plate's dimension, got {tuple(found.shape)} and {self.plates}"
             )
-        if found.dtype in (torch.float16, torch.bfloat16):
-            object.__setattr__(self, "log_weights", found.float())
+        if found is not self.log_weights:
+            object.__setattr__(self, "log_weights", found)
 
     @property
     def num_particles(self) -> int:

@@ -21,6 +21,7 @@ __all__ = [
     "require_callables",
     "require_draws",
     "require_gradients",
+    "require_log_weights",
     "require_options",
     "require_switch",
 ]
@@ -76,6 +77,22 @@ def require_gradients(where: str, instead: str) -> None:
         )
 
 
+def require_log_weights(log_weights: Any) -> Tensor:
+    """Log weights with particles in front; half precision, which cannot count them, in single. Raises otherwise."""
+    if not isinstance(log_weights, Tensor) or not log_weights.is_floating_point():
+        got = log_weights.dtype if isinstance(log_weights, Tensor) else type(log_weights).__name__
+        raise TypeError(
+            f"expected log_weights to be a tensor of floating point numbers, got {got}; of LogWeights take "
+            ".log_weights, of numbers torch.tensor([0.0, -1.0])"
+        )
+    if log_weights.dim() == 0 or len(log_weights) == 0:
+        raise ValueError(
+            f"expected log_weights in shape (particles, *plates), with a particle at least, got "
+            f"{tuple(log_weights.shape)}"
+        )
+    return log_weights.float() if log_weights.dtype in (torch.float16, torch.bfloat16) else log_weights
+
+
 def require_draws(name: str, draws: Any, *, stacked: bool = False) -> None:
     """Raises where an argument is no dict of tensors by the names of latents, of one draw or of several stacked."""
     if not isinstance(draws, Mapping) or not all(isinstance(v, Tensor) for v in draws.values()):
@@ -84,6 +101,8 @@ def require_draws(name: str, draws: Any, *, stacked: bool = False) -> None:
     if not draws:
         raise ValueError(f"expected {name} to hold the model's latents, got none")
     for site, value in draws.items():
+        if value.is_meta:
+            raise ValueError(f"expected {name} to hold numbers, got a tensor on the meta device at site '{site}'")
         if value.is_complex():
             raise TypeError(f"expected {name} to be real numbers, got {value.dtype} at site '{site}'")
         if stacked and (value.dim() == 0 or len(value) == 0):
@@ -99,7 +118,7 @@ def require_options(vectorize_particles: Any, max_plate_nesting: Any) -> None:
     """Raises where an option that ELBO and guide share is none of those that it can be."""
     if not (vectorize_particles is None or isinstance(vectorize_particles, bool)):
         raise TypeError(f"expected vectorize_particles to be None, True or False, got {vectorize_particles!r}")
-    if max_plate_nesting != math.inf:
+    if not (isinstance(max_plate_nesting, float) and max_plate_nesting == math.inf):
         as_count("max_plate_nesting", max_plate_nesting, least=0)
 
 

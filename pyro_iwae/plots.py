@@ -19,6 +19,7 @@ from pyro_iwae.diagnostics import ess as effective_sample_size
 from pyro_iwae.evaluation import LEAST_ESS, Evaluation
 from pyro_iwae.gradient_snr import GradientSNR
 from pyro_iwae.logweights import LogWeights
+from pyro_iwae.options import as_count, require_log_weights
 from pyro_iwae.tradeoff import Tradeoff
 
 if TYPE_CHECKING:
@@ -91,14 +92,23 @@ def weights(
 
     Returns:
         The axes.
+
+    Raises:
+        TypeError: where these are no log weights.
+        ValueError: where one of them is NaN or +inf, or there is no such element.
     """
-    found = log_weights.log_weights if isinstance(log_weights, LogWeights) else log_weights
-    _require(found, Tensor, "LogWeights, or a tensor of log weights (particles, *plates)")
+    found = require_log_weights(log_weights.log_weights if isinstance(log_weights, LogWeights) else log_weights)
     columns = found.detach().double().cpu().reshape(len(found), -1)
+    if bool((columns.isnan() | (columns == math.inf)).any()):
+        raise ValueError("expected log_weights below infinity, got NaN or +inf among them")
     if element is not None:
+        element = as_count("element", element, least=0)
+        if element >= columns.shape[1]:
+            raise ValueError(f"expected element below {columns.shape[1]}, the number of elements, got {element}")
         columns = columns[:, element : element + 1]
     ax, sizes = _axes(ax), effective_sample_size(columns)
-    ordered = columns.softmax(0).sort(0, descending=True).values
+    shares = columns.softmax(0).nan_to_num(nan=0.0)  # of an element of which every particle is impossible
+    ordered = shares.sort(0, descending=True).values
     shown = ordered.cumsum(0) if cumulative else ordered
     places = torch.arange(1, len(found) + 1)
     order = sizes.argsort()
@@ -228,6 +238,7 @@ def density_1d(grid: Tensor, log_densities: Mapping[str, Tensor], *, xlabel: str
         >>> plt.close(ax.figure)
     """
     _require(grid, Tensor, "a grid as a tensor (points,)")
+    _require_tensors("log_densities", log_densities)
     ax = _axes(ax)
     for i, (name, values) in enumerate(log_densities.items()):
         if values.shape != grid.shape:
@@ -271,12 +282,15 @@ def density_2d(
     Raises:
         ValueError: where shapes do not match.
     """
-    _require(log_density, Tensor, "log densities as a tensor (rows, columns)")
-    for name, values in {"log_density": log_density, "outline": outline}.items():
-        if values is not None and values.shape != (len(y), len(x)):
+    planes = {"log_density": log_density} if outline is None else {"log_density": log_density, "outline": outline}
+    _require_tensors("x, y and log densities", {"x": x, "y": y, **planes})
+    for name, values in planes.items():
+        if values.shape != (len(y), len(x)):
             raise ValueError(
                 f"expected {name} in shape (rows, columns) = ({len(y)}, {len(x)}), got {tuple(values.shape)}"
             )
+        if not -math.inf < float(values.max()) < math.inf:  # NaN is not, either
+            raise ValueError(f"expected {name} with a finite number at its largest, got {float(values.max())}")
     ax = _axes(ax, figsize=(4.6, 3.8))
     density = log_density.detach().double().cpu().exp()
     top = float(density.max())
@@ -309,6 +323,7 @@ def reconstructions(rows: Mapping[str, Tensor], *, ax: Axes | None = None, **opt
     Raises:
         ValueError: where rows differ in shape.
     """
+    _require_tensors("rows", rows)
     shapes = {tuple(v.shape) for v in rows.values()}
     if len(shapes) != 1 or len(next(iter(shapes))) != 3:
         raise ValueError(
@@ -381,6 +396,12 @@ def snr(found: GradientSNR | Mapping[int, GradientSNR] | Tradeoff, *, ax: Axes |
 def _require(value: Any, kind: type, wanted: str) -> None:
     if not isinstance(value, kind):
         raise TypeError(f"expected {wanted}, got {type(value).__name__}")
+
+
+def _require_tensors(name: str, values: Any) -> None:
+    if not isinstance(values, Mapping) or not all(isinstance(v, Tensor) for v in values.values()):
+        got = {n: type(v).__name__ for n, v in values.items()} if isinstance(values, Mapping) else type(values).__name__
+        raise TypeError(f"expected {name} as tensors by name, got {got}")
 
 
 def _axes(ax: Axes | None, figsize: tuple[float, float] = (6.0, 3.8)) -> Axes:

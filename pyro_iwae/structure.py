@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -21,6 +21,7 @@ from pyro_iwae.traces import Pair
 
 __all__ = ["Structure", "StructureCache"]
 
+MOST_KEYS = 256
 MOST_ATTEMPTS = 4  # for discrete latents that happen to be the same in all particles of a check
 
 
@@ -160,8 +161,16 @@ class StructureCache:
         """The verdict for these sites and plates, and for the modes that modules are in."""
         return next((s for s in self._verdicts.get(key, {}).get(signature, ()) if s.current), None)
 
+    def doubt(self) -> None:
+        """Has each verdict taken anew at its next call: other data may mix elements that these did not."""
+        self._verdicts.clear()
+        self._latest = {k: replace(s, conclusive=False, attempts=0) for k, s in self._latest.items()}
+
     def store(self, key: tuple[Any, ...], structure: Structure) -> None:
         """Keeps a verdict and makes it the latest."""
+        if key not in self._latest and len(self._latest) >= MOST_KEYS:  # arguments that are never the same twice
+            self._latest.clear()
+            self._verdicts.clear()
         known = self._verdicts.setdefault(key, {})
         if len(known) >= 64:  # a model that never looks the same twice
             known.clear()

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from tqdm import tqdm
 
+from pyro_iwae.chunks import require_chunk_size
 from pyro_iwae.cost import peak_bytes, seconds
 from pyro_iwae.elbo import ImportanceWeightedELBO
 from pyro_iwae.estimates import Estimate
@@ -374,6 +375,7 @@ def tradeoff(
         "vectorize_particles": vectorize_particles,
         "max_plate_nesting": max_plate_nesting,
     }
+    chunk_size = require_chunk_size(chunk_size)
     chunks = {k: chunk_size if chunk_size is not None and chunk_size < k else None for k in ks}
     elbos = {
         k: ImportanceWeightedELBO(k, gradient=gradient, score=score, compile=compile, chunk_size=chunks[k], **options)

@@ -14,6 +14,7 @@ from pyro_iwae.handlers import Minibatch
 from pyro_iwae.inspection import inspect
 from pyro_iwae.particles import Call
 from pyro_iwae.structure import Structure, StructureCache
+from pyro_iwae.switches import switches
 from pyro_iwae.tree import PlateParticles
 
 __all__ = ["Question"]
@@ -48,9 +49,8 @@ class Question:
         """What the verdict is kept by."""
         call = self.call
         plates = tuple((f.name, f.dim) for f in call.enclosing)
-        switches = (*map(_switch, call.args), *((n, _switch(v)) for n, v in sorted(call.kwargs.items())))
         options = self.vectorize, self.max_plate_nesting, self.plate_particles
-        return self.cache.key(call.model, call.guide, plates, *options, switches)
+        return self.cache.key(call.model, call.guide, plates, *options, switches(call.args, call.kwargs))
 
     @cached_property
     def known(self) -> Structure | None:
@@ -79,8 +79,3 @@ class Question:
         structure = replace(structure, probe=None, attempts=attempts)
         self.cache.store(self.key, structure)
         return structure
-
-
-def _switch(value: Any) -> bool | None:
-    """Whether a number among the arguments is on: a coupling that was 0 at the first look ties what it did not then."""
-    return bool(value) if isinstance(value, bool | int | float) else None

@@ -32,8 +32,11 @@ from pyro_iwae import (
     SampledBackward,
     StickTheLanding,
     citation,
+    diagnostics,
     evaluate,
+    evidence,
     gradient_snr,
+    plots,
     preflight,
     to_inference_data,
     tradeoff,
@@ -71,7 +74,9 @@ def compiled(**options):
     )
 
 
-HUGE, CHUNK = 10**15, f"pass chunk_size= below {10**15}"
+HUGE, CHUNK = 10**15, rf"pass chunk_size= below {10**15} \(without compile\), or lower num_particles"
+FLOATS, GRID = "expected log_weights to be a tensor of floating point numbers, got", torch.linspace(0.0, 1.0, 5)
+PARTICLE = r"shape \(particles, \*plates\), with a particle at least, got"
 WHOLE, CALLABLE = "to be a whole number, got ", "to be callable"
 NOT_CALLED = [
     # ELBO
@@ -142,6 +147,12 @@ NOT_CALLED = [
         "real numbers, got torch.complex64",
     ),
     (
+        "values on no device",
+        lambda: posterior().log_density({"z": DATA.to("meta")}),
+        ValueError,
+        "draws to hold numbers, got a tensor on the meta device at site 'z'",
+    ),
+    (
         "no row of values",
         lambda: posterior().log_density({"z": DATA[None][:0]}),
         ValueError,
@@ -176,7 +187,20 @@ NOT_CALLED = [
     ),
     ("seconds", lambda: evaluated(save_every=-1), ValueError, "save_every >= 0 seconds, got -1"),
     ("progress", lambda: evaluated(progress="x"), TypeError, "progress to be True or False, got 'x'"),
+    ("data", lambda: evaluated(data=5), TypeError, "data to give batches of rows, got int; write data=DataLoader"),
+    ("data without batches", lambda: evaluated(data=DATA), TypeError, "data to give batches of rows, got Tensor"),
+    ("no batches", lambda: evaluated(data=[]), ValueError, "at least one batch, got none"),
+    ("batches of numbers", lambda: evaluated(data=[1, 2]), ValueError, "a tuple or dict of tensors.*got a int"),
+    ("rows by number", lambda: evaluated(data=[{1: DATA}]), TypeError, r"names of arguments, got \[1\].*unpack="),
+    ("another file", lambda: evaluated(save_to=__file__), ValueError, "expected a whole file written by Evaluation"),
+    (
+        "exact draw on no device",
+        lambda: evaluated(posterior_draw={"z": DATA.to("meta")}),
+        ValueError,
+        "posterior_draw to hold numbers, got a tensor on the meta device",
+    ),
     ("no such file", lambda: Evaluation.load("no/such.npz"), FileNotFoundError, "such.npz"),
+    ("no file", lambda: Evaluation.load(3), TypeError, "PathLike object, not int"),
     # The rest
     ("compared model", lambda: tradeoff(None, guide), TypeError, f"model {CALLABLE}"),
     ("nothing to compare", lambda: compared(ks=[1, 1]), ValueError, r"two different ks to compare, got \[1\]"),
@@ -184,6 +208,7 @@ NOT_CALLED = [
     ("compared with one", lambda: compared(ks=torch.tensor(3)), TypeError, "ks to be several numbers of particles"),
     ("compared with bytes", lambda: compared(ks=b"\\x02\\x03"), TypeError, "ks to be several numbers of particles"),
     ("compared with a bar", lambda: compared(progress="x"), TypeError, "progress to be True or False, got 'x'"),
+    ("compared in chunks", lambda: compared(chunk_size="x"), TypeError, f"chunk_size {WHOLE}'x'"),
     ("compared with none", lambda: compared(ks=[0, 2]), ValueError, "ks >= 1, got 0"),
     ("report", lambda: preflight(None, guide), TypeError, f"model {CALLABLE}"),
     ("signal of nothing", lambda: gradient_snr(None, model, guide), TypeError, "elbo to be an ELBO such as"),
@@ -229,6 +254,46 @@ NOT_CALLED = [
     ("whole weights", lambda: LogWeights(torch.tensor([1])), TypeError, "floating point numbers, got torch.int64"),
     ("no weights", lambda: LogWeights(torch.zeros(0, 3)), ValueError, r"a particle at least.*got \(0, 3\)"),
     ("one weight alone", lambda: LogWeights(torch.zeros(())), ValueError, r"\(particles, \*plates\).*got \(\)"),
+    # Weights alone
+    ("size of a list", lambda: diagnostics.ess([0.0]), TypeError, f"{FLOATS} list"),
+    ("size of LogWeights", lambda: diagnostics.ess(LogWeights(DATA)), TypeError, "of LogWeights take .log_weights"),
+    ("size of none", lambda: diagnostics.ess(torch.zeros(0, 3)), ValueError, rf"{PARTICLE} \(0, 3\)"),
+    ("distinct of whole numbers", lambda: diagnostics.expected_distinct(torch.arange(3), 2), TypeError, "torch.int64"),
+    ("no draws of these", lambda: diagnostics.expected_distinct(DATA, -2), ValueError, "draws >= 1, got -2"),
+    ("khat of whole numbers", lambda: diagnostics.pareto_khat(torch.arange(100)), TypeError, "torch.int64"),
+    ("khat of none", lambda: diagnostics.pareto_khat(DATA[:0]), ValueError, rf"{PARTICLE} \(0,\)"),
+    ("smoothed list", lambda: diagnostics.psis([0.0]), TypeError, f"{FLOATS} list"),
+    ("bounds beyond", lambda: evidence.bounds(DATA, [9]), ValueError, "ks up to 3, the number of particles, got 9"),
+    ("bounds of zero", lambda: evidence.bounds(DATA, [0]), ValueError, "ks >= 1, got 0"),
+    ("bounds of one", lambda: evidence.bounds(DATA, 2), TypeError, "ks to be several numbers of particles.*got 2"),
+    ("jackknife of a list", lambda: evidence.jackknife([0.0, 1.0], 1), TypeError, f"{FLOATS} list"),
+    ("jackknife's order", lambda: evidence.jackknife(DATA, 3), ValueError, "order 1 or 2, got 3"),
+    # Pictures
+    ("picture of a list", lambda: plots.weights([0.0]), TypeError, f"{FLOATS} list"),
+    ("picture of NaN", lambda: plots.weights(DATA * math.nan), ValueError, "below infinity, got NaN"),
+    ("picture of no element", lambda: plots.weights(DATA, element=9), ValueError, "element below 1.*got 9"),
+    ("picture of the last", lambda: plots.weights(DATA, element=-1), ValueError, "element >= 0, got -1"),
+    ("line of numbers", lambda: plots.density_1d(GRID, [1]), TypeError, "log_densities as tensors by name, got list"),
+    ("line's shape", lambda: plots.density_1d(GRID, {"q": DATA}), ValueError, r"'q' at each point.*\(5,\).*got \(3,\)"),
+    (
+        "plane of lists",
+        lambda: plots.density_2d([1, 2], [1, 2], torch.zeros(2, 2)),
+        TypeError,
+        "as tensors by name, got {'x': 'list'",
+    ),
+    (
+        "plane without density",
+        lambda: plots.density_2d(GRID, GRID, torch.full((5, 5), -math.inf)),
+        ValueError,
+        "log_density with a finite number at its largest, got -inf",
+    ),
+    (
+        "plane of NaN",
+        lambda: plots.density_2d(GRID, GRID, torch.zeros(5, 5), outline=torch.full((5, 5), math.nan)),
+        ValueError,
+        "outline with a finite number at its largest, got nan",
+    ),
+    ("images in a list", lambda: plots.reconstructions([DATA]), TypeError, "rows as tensors by name, got list"),
     ("more plates", lambda: LogWeights(torch.zeros(2), ("data",)), ValueError, r"got \(2,\) and \('data',\)"),
 ]
 CALLED = [
@@ -240,8 +305,6 @@ CALLED = [
     ),
     ("a plate of no such name", lambda: elbo(plate_particles={"rows": 2}).loss(model, guide), ValueError, "got 'rows'"),
     ("evaluated plate", lambda: evaluated(plate_particles={"rows": 2}), ValueError, r"\['data'\], got 'rows'"),
-    ("data", lambda: evaluated(data=5), TypeError, "data to give batches of rows, got int; write data=DataLoader"),
-    ("no batches", lambda: evaluated(data=[]), ValueError, "at least one batch, got none"),
     (
         "an exact draw's shape",
         lambda: evaluated(posterior_draw={"z": torch.zeros(7)}),
@@ -266,6 +329,7 @@ CALLED = [
     ("limit", lambda: compared().recommend(max_seconds="x"), TypeError, "max_seconds to be a number, got 'x'"),
     ("limit is NaN", lambda: compared().recommend(max_bytes=math.nan), ValueError, "max_bytes > 0, got nan"),
     ("dimensions of none", lambda: held(dims={"q": ["a"]}), ValueError, "dims of what was drawn or observed.*got 'q'"),
+    ("numbered dimensions", lambda: held(dims={"z": [3]}), ValueError, r"names in a list for dims\['z'\], got \[3\]"),
     ("no dimensions", lambda: held(dims={"z": None}), ValueError, r"names in a list for dims\['z'\], got None"),
     ("more dimensions", lambda: held(dims={"z": ["a", "b"]}), ValueError, r"at most 1 names in a list for dims\['z'\]"),
     ("data on another device", lambda: elbo().loss(model, guide, DATA.to("meta")), RuntimeError, "meta tensors"),
@@ -282,6 +346,14 @@ CALLED = [
         RuntimeError,
         "do not fit in memory",
     ),
+    ("recorded", lambda: elbo(num_particles=HUGE, compile=True).loss_and_grads(model, guide), RuntimeError, CHUNK),
+    ("compiled steps", lambda: compiled(loss=elbo(num_particles=HUGE)).step(), RuntimeError, CHUNK),
+    (
+        "draws beyond memory",
+        lambda: posterior().sample(10**14),
+        RuntimeError,
+        f"^{10**14} draws do not fit in memory at once; lower num_draws",
+    ),
     ("drawn", lambda: posterior(num_particles=HUGE)(), RuntimeError, f"{HUGE} .*{CHUNK}"),
     ("evaluated with", lambda: evaluated(num_particles=HUGE), RuntimeError, f"{HUGE} .*{CHUNK}"),
     (
@@ -294,7 +366,7 @@ CALLED = [
         "plates beyond memory",
         lambda: elbo(plate_particles={"data": HUGE}).loss(model, guide),
         RuntimeError,
-        r"each with those of \['data'\], .* below 3, or lower plate_particles",
+        r"each with those of \['data'\], .* below 3 \(without compile\), or lower plate_particles",
     ),
     (
         "combined beyond memory",

@@ -29,7 +29,7 @@ ORDER = [
         "totals",
         "versions",
     },
-    {"capture", "ways"},
+    {"capture", "switches", "ways"},
     {"cut"},
     {"logweights"},
     {"diagnostics", "estimates", "evidence", "objectives", "reach", "resampling"},
