@@ -20,6 +20,7 @@ from pyro_iwae.diagnostics import (
     tail_khat,
     tail_length,
 )
+from pyro_iwae.evidence import bounds
 from pyro_iwae.resampling import multinomial
 from tests.statistics import assert_mean
 
@@ -29,6 +30,24 @@ def test_ess_by_hand():
     assert torch.allclose(ess(weights.log()), torch.tensor([3.0, 1.0, 1.0 / (0.04 + 0.09 + 0.25)]))
     assert float(ess(torch.full((4,), -math.inf))) == 0.0
     assert torch.allclose(ess(weights.log() + 1e4), ess(weights.log()), rtol=1e-2)  # of weights up to a factor
+
+
+def test_more_than_half_precision_can_count():
+    """65,504 is the largest number of float16, 256 the last of bfloat16 after which not every one is there."""
+    for dtype in (torch.float16, torch.bfloat16):
+        alike = torch.zeros(100_000, dtype=dtype)
+        assert float(ess(alike)) == 100_000.0
+        assert math.isclose(float(expected_distinct(alike, 5)), 5.0, rel_tol=1e-3)
+        assert float(bounds(alike, [100_000])[100_000]) == pytest.approx(0.0, abs=1e-5)
+
+
+@pytest.mark.parametrize("wrong", [math.nan, math.inf])
+def test_what_is_no_weight_gives_no_figure(wrong):
+    """And not that of another set of weights, be it an impossible one."""
+    columns = torch.stack([torch.zeros(200), torch.zeros(200), torch.full((200,), -math.inf)], 1)
+    columns[5, 0] = wrong
+    for found in (ess(columns), expected_distinct(columns, 3), pareto_khat(columns), psis(columns)[1]):
+        assert found.isnan().tolist() == [True, False, False]
 
 
 def test_distinct_draws_are_those_of_draws():

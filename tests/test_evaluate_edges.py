@@ -17,7 +17,7 @@ from pyro import poutine
 from pyro.infer import config_enumerate
 
 from pyro_iwae import Evaluation, evaluate
-from pyro_iwae.diagnostics import ess, expected_distinct
+from pyro_iwae.diagnostics import ess, expected_distinct, tail_khat, tail_length
 from pyro_iwae.exact import Gaussian
 from pyro_iwae.parts import DISTINCT, UNBIASED, Drawn, Part, figures
 from tests.statistics import assert_frequencies
@@ -253,6 +253,16 @@ def test_large_log_weights_keep_their_digits():
 def figures_of(log_weights):
     drawn = Drawn(log_weights, ("data",), further={UNBIASED: log_weights[0]})
     return Part.of("rows", None, 0, drawn, figures(log_weights, [1, 1000]))
+
+
+def test_khat_of_a_tail_that_was_not_kept_whole():
+    """All heavy weights are in one replicate, which keeps fewer than four together need: what is known counts."""
+    first = torch.randn(1000, 1).double() * 3.0
+    parts = [figures_of(first), *(figures_of(torch.randn(1000, 1).double() - 50.0) for _ in range(3))]
+    whole = sum((replace(part, seeds=(i,)) for i, part in enumerate(parts[1:], 1)), start=parts[0])
+    kept = len(parts[0].tail)
+    assert tail_length(1000) < kept < tail_length(4000)
+    assert torch.equal(whole.khat(), tail_khat(first.topk(kept, 0).values, [kept - 1]))
 
 
 def test_the_bracket_of_many_elements_takes_little_memory():

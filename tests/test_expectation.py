@@ -3,6 +3,8 @@
 
 """Expectations under the resampled guide by weighting."""
 
+import math
+
 import pyro
 import pyro.distributions as dist
 import pytest
@@ -396,3 +398,21 @@ def test_coin_in_a_minibatch_of_a_sequential_plate(double):
         y, z = calls[0]["y_1"], calls[0]["z_1"]
         weights = dist.Normal(y + 1.5 * z, 1.0).log_prob(torch.tensor([[1.5], [0.0]])).softmax(0)
         torch.testing.assert_close(found, (weights * z).sum(0))
+
+
+@pytest.mark.parametrize("options", [{}, {"chunk_size": 5}, {"vectorize_particles": False}])
+def test_a_function_that_is_not_finite_where_particles_are_impossible(options):
+    """E[log z | z > 0] of a normal, -(gamma + log 2) / 2, though half of the particles have no logarithm."""
+
+    def positive():
+        z = pyro.sample("z", dist.Normal(torch.tensor(0.0), 1.0))
+        pyro.factor("positive", torch.where(z > 0.0, 0.0, -math.inf))
+
+    def normal():
+        pyro.sample("z", dist.Normal(torch.tensor(0.0), 1.0))
+
+    posterior = ImportanceResampledGuide(positive, normal, num_particles=20, **options)
+    found = torch.stack([posterior.expectation(lambda z: z["z"].log(), num_batches=5) for _ in range(100)])
+    assert_mean(found, -(0.5772156649 + math.log(2.0)) / 2.0)
+    once = posterior.expectation(lambda z: torch.where(z["z"] > 0.0, math.inf, 0.0), num_batches=1)
+    assert float(once) == math.inf  # what is infinite where there is weight stays so

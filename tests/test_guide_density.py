@@ -4,6 +4,7 @@
 """The density of the resampled guide: estimates at given draws, and bounds on its ELBO."""
 
 import math
+import warnings
 
 import pyro
 import pyro.distributions as dist
@@ -52,6 +53,24 @@ def test_density_of_the_gamma_example_is_unbiased(num_particles, num_batches, do
     density = num_particles * z * torch.as_tensor(expn(num_particles - 1, z.numpy()))
     torch.testing.assert_close(density, GAMMA.resampled_log_density(z, num_particles).exp())
     assert_mean(log_density.exp().reshape(size, 5), density)
+
+
+@pytest.mark.parametrize("num_particles", [2, 3, 10])
+def test_density_where_the_model_excludes_a_draw(num_particles):
+    """It is 0, though in some batches all companions are excluded, too; elsewhere it is a number."""
+
+    def tail():
+        z = pyro.sample("z", dist.Normal(torch.tensor(0.0), 1.0))
+        pyro.factor("tail", torch.where(z > 1.0, 0.0, -math.inf))
+
+    def normal():
+        pyro.sample("z", dist.Normal(torch.tensor(0.0), 1.0))
+
+    posterior = ImportanceResampledGuide(tail, normal, num_particles=num_particles)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*impossible")
+        found = posterior.log_density({"z": torch.tensor([-1.0, 1.5])})
+    assert float(found[0]) == -math.inf and math.isfinite(float(found[1]))
 
 
 def test_more_batches_make_it_sharper(double):

@@ -226,11 +226,11 @@ def test_snr(steps):
         (lambda: plots.bounds(3), "expected an Evaluation, .*, got int"),
         (lambda: plots.khat(None), "expected an Evaluation"),
         (lambda: plots.ess("x"), "expected an Evaluation"),
-        (lambda: plots.weights([1.0]), "expected LogWeights, or a tensor"),
+        (lambda: plots.weights([1.0]), "expected log_weights to be a tensor"),
         (lambda: plots.tradeoff(2), "expected what tradeoff"),
         (lambda: plots.snr({1: 2.0}), "expected a GradientSNR"),
         (lambda: plots.density_1d([1.0], {}), "expected a grid"),
-        (lambda: plots.density_2d(torch.zeros(1), torch.zeros(1), 3.0), "expected log densities"),
+        (lambda: plots.density_2d(torch.zeros(1), torch.zeros(1), 3.0), "and log densities as tensors"),
     ],
 )
 def test_what_is_no_data(draw, match):

@@ -375,6 +375,60 @@ BREAKS = [
         "        if False:\n",
         "cut masks",
     ),
+    Break(
+        "gradient_snr.py",
+        "error / (2.0 * ratio)",
+        "error / ratio",
+        "gradient_snr",
+    ),
+    Break(
+        "gradient_snr.py",
+        "self.squares[name] / (self.count - 1)",
+        "self.squares[name] / self.count",
+        "gradient_snr",
+    ),
+    Break(
+        "parts.py",
+        "return found[:length], floor",
+        "return found[:length], torch.full_like(floor, -math.inf)",
+        "evaluate_edges",
+    ),
+    Break(
+        "switches.py",
+        "return max(-1, min(int(value), MOST_COUNTED))",
+        "return bool(value)",
+        "switches",
+    ),
+    Break(
+        "evaluating.py",
+        "cache.doubt()",
+        "pass",
+        "switches",
+    ),
+    Break(
+        "compiled.py",
+        "switches(call.args, call.kwargs), ",
+        "",
+        "switches",
+    ),
+    Break(
+        "expectation.py",
+        "torch.where(weights == 0.0, 0.0, weights * values)",
+        "weights * values",
+        "expectation",
+    ),
+    Break(
+        "density.py",
+        "torch.where(log_p == -math.inf, -math.inf, found)",
+        "found",
+        "guide_density",
+    ),
+    Break(
+        "diagnostics.py",
+        "torch.where(_impossible(log_weights), 0.0, found)",
+        "found.nan_to_num(nan=0.0)",
+        "diagnostics",
+    ),
 ]
 
 
