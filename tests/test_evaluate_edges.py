@@ -252,7 +252,7 @@ def test_large_log_weights_keep_their_digits():
 
 def figures_of(log_weights):
     drawn = Drawn(log_weights, ("data",), further={UNBIASED: log_weights[0]})
-    return Part.of("rows", None, 0, drawn, figures(log_weights, [1, 1000]))
+    return Part.of("rows", None, 0, drawn, figures(log_weights, [1, len(log_weights)]))
 
 
 def test_khat_of_a_tail_that_was_not_kept_whole():
