@@ -42,6 +42,7 @@ from pyro_iwae import (
     tradeoff,
 )
 from tests.conftest import host_state
+from tests.test_compiled import recorded_only  # noqa: F401  (a fixture)
 from tests.test_errors import DATA, guide, model, raises_cleanly
 
 pytestmark = pytest.mark.usefixtures("unchecked")
@@ -490,7 +491,7 @@ def test_data_of_all_kinds(data, options):
     ],
     ids=["sampled", "plates", "compiled"],
 )
-@pytest.mark.filterwarnings("ignore:the compiled step and the recording")  # in half precision they round differently
+@pytest.mark.usefixtures("recorded_only")
 def test_latents_in_single_precision_and_data_in_another(options, dtype):
     def single_guide(x):
         guide(x.float())

@@ -412,7 +412,7 @@ def test_a_function_that_is_not_finite_where_particles_are_impossible(options):
         pyro.sample("z", dist.Normal(torch.tensor(0.0), 1.0))
 
     posterior = ImportanceResampledGuide(positive, normal, num_particles=20, **options)
-    found = torch.stack([posterior.expectation(lambda z: z["z"].log(), num_batches=5) for _ in range(100)])
+    found = torch.stack([posterior.expectation(lambda z: z["z"].log(), num_batches=1) for _ in range(100)])
     assert_mean(found, -(0.5772156649 + math.log(2.0)) / 2.0)
     once = posterior.expectation(lambda z: torch.where(z["z"] > 0.0, math.inf, 0.0), num_batches=1)
     assert float(once) == math.inf  # what is infinite where there is weight stays so

@@ -215,15 +215,15 @@ def test_moments_by_hand():
 
 
 def test_the_error_is_the_spread_over_runs():
-    """Of 400 runs: their spread is known to 3.5 %, and the mean of the errors better; 1.2 is five standard errors."""
+    """Of 200 runs: their spread is known to 5 %, and the mean of the errors better; 1.3 is five standard errors."""
     torch.manual_seed(0)
     found = []
-    for _ in range(400):
-        groups = [fed(1.0 + 2.0 * torch.randn(20, 4)) for _ in range(20)]
+    for _ in range(200):
+        groups = [fed(1.0 + 2.0 * torch.randn(10, 4)) for _ in range(20)]
         whole = fed(torch.zeros(0, 4))
         for group in groups:
             whole.merge(group)
         found.append(_report(whole, groups, {"a": "guide"}))
     spread = torch.tensor([f.guide for f in found]).std()
     error = torch.tensor([f.guide_error for f in found]).square().mean().sqrt()
-    assert 1.0 / 1.2 < float(error / spread) < 1.2
+    assert 1.0 / 1.3 < float(error / spread) < 1.3
