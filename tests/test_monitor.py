@@ -117,7 +117,7 @@ def test_ratio_is_known(double):
 @pytest.mark.parametrize(
     "elbo", [Trace_ELBO(), RenyiELBO(alpha=0.0, num_particles=2), JitTrace_ELBO()], ids=lambda e: type(e).__name__
 )
-@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore:`torch.jit:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore:`torch.jit")  # which is deprecated
 def test_other_elbos(elbo):
     """Their particles are 64; the ratio is of their own gradient."""
 
