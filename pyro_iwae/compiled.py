@@ -100,7 +100,8 @@ class CompiledSteps:
         arguments = Arguments.of(call.args, call.kwargs)
         pair = self.cache.key(call.model, call.guide)
         around = handlers_around(call.model), handlers_around(call.guide)
-        key = (*pair, *around, arguments.kind, switches(call.args, call.kwargs), options, *_surroundings())
+        tied = switches(tuple(arguments.tensors), {})  # what is no tensor is in the kind
+        key = (*pair, *around, arguments.kind, tied, options, *_surroundings())
         step = self.cache.recorded.get(key)
         if step is None or not self._is_valid(step):
             step = self._record(call, arguments, pair)

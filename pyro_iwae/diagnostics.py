@@ -53,9 +53,9 @@ def ess(log_weights: Float[Tensor, "particles *plates"]) -> Float[Tensor, "*plat
         tensor(2.)
     """
     log_weights = require_log_weights(log_weights)
-    relative = _relative(log_weights)
+    relative, impossible = _relative(log_weights)
     found = relative.exp().sum(0) ** 2 / (2.0 * relative).exp().sum(0)
-    return torch.where(_impossible(log_weights), 0.0, found)
+    return torch.where(impossible, 0.0, found)
 
 
 def expected_distinct(log_weights: Float[Tensor, "particles *plates"], draws: int) -> Float[Tensor, "*plates"]:
@@ -78,19 +78,16 @@ def expected_distinct(log_weights: Float[Tensor, "particles *plates"], draws: in
         tensor(1.5000)
     """
     log_weights, draws = require_log_weights(log_weights), as_count("draws", draws)
-    weights = _relative(log_weights).exp()
-    share = torch.where(_impossible(log_weights), 0.0, weights / weights.sum(0))
+    relative, impossible = _relative(log_weights)
+    weights = relative.exp()
+    share = torch.where(impossible, 0.0, weights / weights.sum(0))
     return -torch.expm1(draws * torch.log1p(-share.clamp(max=1.0))).sum(0)
 
 
-def _relative(log_weights: Tensor) -> Tensor:
-    """To the largest, so that large log weights lose no digits; NaN where every particle is impossible."""
-    return log_weights - log_weights.amax(0)
-
-
-def _impossible(log_weights: Tensor) -> Tensor:
-    """Whether every particle is."""
-    return log_weights.amax(0) == -math.inf
+def _relative(log_weights: Tensor) -> tuple[Tensor, Tensor]:
+    """To the largest, so that large log weights lose no digits; and where every particle is impossible, NaN there."""
+    largest = log_weights.amax(0)
+    return log_weights - largest, largest == -math.inf
 
 
 def khat_threshold(count: int) -> float:

@@ -181,8 +181,8 @@ def evaluate(
     elif save_to is not None:  # of several processes the first alone saves, and looks when the others listen
         require_folder(save_to)
     way = facts, num_replicates, most, targets, save_to is None
-    begun, has_looked = _begun(ranks, (args, kwargs), way), lambda: cache.newest is not None
-    with _put_back_unless(has_looked), begun as (seed, turn), _apart(), unchanged_state(model, guide):
+    begun = _begun(ranks, (args, kwargs), way)
+    with _put_back_unless_looked(cache), begun as (seed, turn), _apart(), unchanged_state(model, guide):
         first = ranks is None or ranks.rank == 0
         with tqdm(total=total, disable=not (progress and first), desc="evaluate") as bar:
             kept = Evaluation((), facts, seed, targets)
@@ -201,13 +201,13 @@ def evaluate(
 
 
 @contextmanager
-def _put_back_unless(has_looked: Callable[[], bool]) -> Iterator[None]:
+def _put_back_unless_looked(cache: StructureCache) -> Iterator[None]:
     """Puts random generators back where the call is refused before it has looked at model and guide."""
     before = get_random_state()
     try:
         yield
     except BaseException:
-        if not has_looked():
+        if cache.newest is None:
             set_random_state(before)
         raise
 

@@ -400,18 +400,22 @@ def test_coin_in_a_minibatch_of_a_sequential_plate(double):
         torch.testing.assert_close(found, (weights * z).sum(0))
 
 
+def normal_above(low):
+    """A normal latent of which the model excludes what lies below: (model, guide)."""
+
+    def guide():
+        return pyro.sample("z", dist.Normal(torch.tensor(0.0), 1.0))
+
+    def model():
+        pyro.factor("above", torch.where(guide() > low, 0.0, -math.inf))
+
+    return model, guide
+
+
 @pytest.mark.parametrize("options", [{}, {"chunk_size": 5}, {"vectorize_particles": False}])
 def test_a_function_that_is_not_finite_where_particles_are_impossible(options):
     """E[log z | z > 0] of a normal, -(gamma + log 2) / 2, though half of the particles have no logarithm."""
-
-    def positive():
-        z = pyro.sample("z", dist.Normal(torch.tensor(0.0), 1.0))
-        pyro.factor("positive", torch.where(z > 0.0, 0.0, -math.inf))
-
-    def normal():
-        pyro.sample("z", dist.Normal(torch.tensor(0.0), 1.0))
-
-    posterior = ImportanceResampledGuide(positive, normal, num_particles=20, **options)
+    posterior = ImportanceResampledGuide(*normal_above(0.0), num_particles=20, **options)
     found = torch.stack([posterior.expectation(lambda z: z["z"].log(), num_batches=1) for _ in range(100)])
     assert_mean(found, -(0.5772156649 + math.log(2.0)) / 2.0)
     once = posterior.expectation(lambda z: torch.where(z["z"] > 0.0, math.inf, 0.0), num_batches=1)

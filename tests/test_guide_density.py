@@ -18,6 +18,7 @@ from scipy.special import expn
 from pyro_iwae import ImportanceResampledGuide
 from pyro_iwae.exact import Bernoulli, Gamma, Gaussian
 from tests.statistics import assert_mean, assert_mean_above, assert_mean_below
+from tests.test_expectation import normal_above
 
 GAMMA = Gamma(shape=1.0)
 GAMMA_ELBOS = {2: -0.170167, 3: -0.082464, 5: -0.032573, 10: -0.008907}  # of q_EW
@@ -58,15 +59,7 @@ def test_density_of_the_gamma_example_is_unbiased(num_particles, num_batches, do
 @pytest.mark.parametrize("num_particles", [2, 3, 10])
 def test_density_where_the_model_excludes_a_draw(num_particles):
     """It is 0, though in some batches all companions are excluded, too; elsewhere it is a number."""
-
-    def tail():
-        z = pyro.sample("z", dist.Normal(torch.tensor(0.0), 1.0))
-        pyro.factor("tail", torch.where(z > 1.0, 0.0, -math.inf))
-
-    def normal():
-        pyro.sample("z", dist.Normal(torch.tensor(0.0), 1.0))
-
-    posterior = ImportanceResampledGuide(tail, normal, num_particles=num_particles)
+    posterior = ImportanceResampledGuide(*normal_above(1.0), num_particles=num_particles)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".*impossible")
         found = posterior.log_density({"z": torch.tensor([-1.0, 1.5])})

@@ -407,8 +407,8 @@ BREAKS = [
     ),
     Break(
         "compiled.py",
-        "switches(call.args, call.kwargs), ",
-        "",
+        "arguments.kind, tied, options",
+        "arguments.kind, options",
         "switches",
     ),
     Break(
@@ -425,7 +425,7 @@ BREAKS = [
     ),
     Break(
         "diagnostics.py",
-        "torch.where(_impossible(log_weights), 0.0, found)",
+        "torch.where(impossible, 0.0, found)",
         "found.nan_to_num(nan=0.0)",
         "diagnostics",
     ),
